@@ -1,0 +1,1 @@
+"""The commands of medssl: options in, a few printed lines out."""

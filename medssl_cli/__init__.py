@@ -1,0 +1,1 @@
+"""Self-supervised learning on medical images: DICOM in, numbers with confidence intervals out."""

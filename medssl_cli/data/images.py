@@ -1,0 +1,304 @@
+"""NIfTI, PNG, JPEG and TIFF in and out. ``read_volume`` and ``read_image`` refuse what is not what it says it is."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, isal_zlib
+from PIL import Image
+
+from medssl_cli.core.errors import DataError
+from medssl_cli.core.run import atomic_path
+from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing
+
+VOLUME_SUFFIXES = (".nii.gz", ".nii")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+MAX_VOXELS = 2**33
+"""Largest volume that is read, 8.6 billion voxels: a header beyond it is damage or an attack."""
+
+_HEADER_BYTES = 540
+_RECONVERT = "convert the image again from its source"
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a NIfTI file says of itself, before its voxels are read.
+
+    Args:
+        shape: (X, Y, Z) or (X, Y, Z, T), as in the file, trailing axes of length 1 removed beyond the third.
+        dtype: Stored data type.
+        affine: 4x4 float64, voxel -> mm RAS+, as nibabel chooses it (sform, else qform).
+        sform, qform: The two affines, None where their code is 0.
+        slope, inter: Scaling as stored.
+        big_endian: Byte order of the file.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    affine: np.ndarray
+    sform: np.ndarray | None
+    qform: np.ndarray | None
+    slope: float
+    inter: float
+    big_endian: bool
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size (z, y, x) in mm."""
+        return affine_spacing(self.affine)
+
+
+def volume_stem(path: Path) -> str | None:
+    """File name without ``.nii`` or ``.nii.gz``; None for another kind of file."""
+    lower = path.name.lower()
+    for suffix in VOLUME_SUFFIXES:
+        if lower.endswith(suffix):
+            return path.name[: -len(suffix)]
+    return None
+
+
+def is_image(path: Path) -> bool:
+    """Whether the suffix is that of a 2-D picture that we read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def read_header(path: Path) -> ImageHeader:
+    """Read and check the header of a NIfTI file; only its first bytes are decompressed.
+
+    Raises:
+        DataError: Missing, empty, wrong magic, truncated, impossible dimensions, singular affine. ``code`` names which.
+    """
+    return _parse_header(path, _read_start(path))
+
+
+def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
+    """Read a NIfTI file.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``.
+        volume_index: Which volume of a 4-D file; None reads all and gives (T, Z, Y, X).
+
+    Returns:
+        A Volume in the stored data type, or float32 where the file scales its values. Non-finite voxels are kept:
+        ``check_finite`` or the caller decides.
+
+    Raises:
+        DataError: As ``read_header``; also fewer or more bytes than the header promises.
+    """
+    header = read_header(path)
+    expected = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
+    data = _read_all(path, limit=expected + 2**20)
+    try:
+        image = nib.Nifti1Image.from_bytes(data) if data[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c") else None
+        if image is None:
+            image = nib.Nifti2Image.from_bytes(data)
+        proxy = image.dataobj
+        array = np.asanyarray(proxy.get_unscaled()).reshape(header.shape)
+    except DataError:
+        raise
+    except Exception as error:  # nibabel raises many kinds for a damaged file
+        raise _fault(path, "The image is shorter than its header says.", "nifti_truncated", str(error)) from error
+    array = _scaled(array, header)
+    if volume_index is not None and array.ndim == 4:
+        array = array[..., volume_index]
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    return Volume(np.ascontiguousarray(array.T), header.affine)
+
+
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write NIfTI-1 whole or not at all; level 1, sform and qform both set."""
+    array = volume.array
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8)
+    if array.dtype in (np.int64, np.uint64):
+        array = array.astype(np.int32)
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    image = nib.Nifti1Image(array.T, volume.affine)
+    image.set_sform(volume.affine, 1)
+    image.set_qform(volume.affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    data = image.to_bytes()
+    if path.name.endswith(".gz"):
+        data = igzip.compress(data, compresslevel=1, mtime=0)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_finite(path: Path, array: np.ndarray) -> None:
+    """Refuse NaN and infinite voxels, naming the first.
+
+    Raises:
+        DataError: With the count and one voxel (x, y, z).
+    """
+    if array.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0][::-1])
+        raise _fault(
+            path,
+            f"{int(bad.sum())} voxels are NaN or infinite.",
+            "voxels_nonfinite",
+            f"first at voxel {where}",
+            "mask or replace them before training",
+        )
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a picture as (C, H, W), C 1 or 3, uint8, uint16 or float32, as stored.
+
+    Palettes become RGB, alpha is dropped, 1-bit becomes 0/255.
+
+    Raises:
+        DataError: Missing, empty, truncated or not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+                image = image.convert("RGB")
+            elif image.mode in ("1", "LA", "La"):
+                image = image.convert("L")
+            array = np.asarray(image)
+    except FileNotFoundError as error:
+        raise _fault(path, "The file is missing.", "file_missing", "", "check the path") from error
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise _fault(path, "The picture cannot be read.", "image_unreadable", str(error), "export it again") from error
+    if array.dtype == np.int32:  # Pillow reads 16-bit grey of some writers as 32-bit
+        array = array.astype(np.uint16) if array.min() >= 0 and array.max() < 65536 else array.astype(np.float32)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
+
+
+def _read_start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+            file.seek(0)
+            if head == b"\x1f\x8b":
+                with igzip.IGzipFile(fileobj=file) as unzipped:
+                    return unzipped.read(_HEADER_BYTES)
+            return file.read(_HEADER_BYTES)
+    except FileNotFoundError as error:
+        raise _fault(path, "The file is missing.", "file_missing", "", "check the path") from error
+    except IsADirectoryError as error:
+        raise _fault(path, "A file was expected, this is a folder.", "file_missing", "", "name the file") from error
+    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+        raise _fault(path, "The image is truncated or damaged.", "nifti_truncated", str(error)) from error
+
+
+def _read_all(path: Path, limit: int) -> bytes:
+    """The whole file, decompressed, but never more than ``limit`` bytes: a gzip bomb stops there."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if not zipped:
+                return file.read(limit)
+            with igzip.IGzipFile(fileobj=file) as unzipped:
+                data = unzipped.read(limit)
+                if len(data) == limit and unzipped.read(1):
+                    raise _fault(
+                        path, "The file unpacks to more than its header says.", "nifti_oversized", f"over {limit} bytes"
+                    )
+                return data
+    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+        raise _fault(path, "The image is truncated or damaged.", "nifti_truncated", str(error)) from error
+
+
+def _parse_header(path: Path, data: bytes) -> ImageHeader:
+    if not data:
+        raise _fault(path, "The file is empty.", "file_empty")
+    if len(data) < 348:
+        raise _fault(path, "The file is too short for a NIfTI header.", "nifti_truncated", f"{len(data)} bytes")
+    kind: type[nib.Nifti1Header]
+    if data[344:348] in (b"n+1\0", b"ni1\0"):
+        kind = nib.Nifti1Header
+    elif data[4:8] in (b"n+2\0", b"ni2\0"):
+        kind = nib.Nifti2Header
+    else:
+        raise _fault(path, "This is not a NIfTI file.", "nifti_magic", f"magic {data[344:348]!r}")
+    try:
+        header = kind.from_fileobj(io.BytesIO(data), check=False)
+        dims = [int(n) for n in header["dim"]]
+        dtype = header.get_data_dtype()
+    except (struct.error, ValueError, KeyError, nib.spatialimages.HeaderDataError) as error:
+        raise _fault(path, "The NIfTI header is damaged.", "nifti_header", str(error)) from error
+    shape = _checked_shape(path, dims)
+    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    try:
+        affine_orientation(affine)
+    except DataError as error:
+        raise _fault(path, "The affine is singular or not finite.", "affine_singular", error.where) from error
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    return ImageHeader(
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        affine=affine,
+        sform=np.asarray(header.get_sform()) if int(header["sform_code"]) > 0 else None,
+        qform=_qform(header),
+        slope=slope,
+        inter=inter,
+        big_endian=header.endianness == ">",
+    )
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    if int(header["qform_code"]) <= 0:
+        return None
+    try:
+        return np.asarray(header.get_qform())
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return None  # unusable quaternion: reported by the checks as a disagreement with the sform
+
+
+def _checked_shape(path: Path, dims: list[int]) -> tuple[int, ...]:
+    count = dims[0]
+    shape = tuple(dims[1 : count + 1])
+    if not 1 <= count <= 7 or any(n < 1 for n in shape):
+        raise _fault(path, "The header has impossible dimensions.", "nifti_header", f"dim = {dims}")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    shape = shape + (1,) * (3 - len(shape)) if len(shape) < 3 else shape
+    if float(np.prod(np.array(shape, dtype=np.float64))) > MAX_VOXELS:
+        raise _fault(path, "The header promises an impossibly large image.", "nifti_huge", f"dim = {dims}")
+    if len(shape) > 4:
+        raise _fault(path, "Images of more than four dimensions are not read.", "nifti_dimensions", f"dim = {dims}")
+    return shape
+
+
+def _scaled(array: np.ndarray, header: ImageHeader) -> np.ndarray:
+    """Slope and intercept applied; slope 0 or NaN means unscaled, as NIfTI says."""
+    slope, inter = header.slope, header.inter
+    if not np.isfinite(slope) or slope == 0:
+        return array
+    if not np.isfinite(inter):
+        inter = 0.0
+    if (slope, inter) == (1.0, 0.0):
+        return array
+    if array.dtype.kind in "iu" and slope == 1.0 and float(inter).is_integer():
+        wide = array.astype(np.int32) + np.int32(inter)
+        fits = wide.min(initial=0) >= -32768 and wide.max(initial=0) <= 32767
+        return wide.astype(np.int16) if fits else wide
+    return array.astype(np.float32) * np.float32(slope) + np.float32(inter)
+
+
+def _fault(path: Path, what: str, code: str, detail: str = "", fix: str = _RECONVERT) -> DataError:
+    detail = " ".join(detail.split())[:200]
+    return DataError(what, where=f"{path}" + (f": {detail}" if detail else ""), fix=fix, code=code)

@@ -1,0 +1,1 @@
+"""Numbers from numpy arrays, each with its definition."""

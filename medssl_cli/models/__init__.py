@@ -1,0 +1,1 @@
+"""Networks and how their weights are named and loaded."""

@@ -1,0 +1,1 @@
+"""Losses: tensors in, named scalars out."""
