@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import sys
 import traceback
@@ -93,7 +94,8 @@ def _register(name: str) -> None:
 
 
 for _name in COMMANDS:
-    _register(_name)
+    if importlib.util.find_spec(f"medssl_cli.commands.{_name.replace('-', '_')}"):
+        _register(_name)
 
 
 def main() -> None:

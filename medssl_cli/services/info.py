@@ -1,0 +1,142 @@
+"""What a run or a weight file is, read from its JSON and its header; torch is not loaded."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl_cli.core.errors import CheckpointError
+from medssl_cli.core.run import result_header, to_json
+from medssl_cli.services.lookup import find_model, run_status
+
+MAX_HEADER_BYTES = 100_000_000
+"""Upper bound of a safetensors header, the format's own."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Facts about a run or a weight file, as text for people and JSON for scripts."""
+
+    facts: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Strict JSON with the common header."""
+        return to_json(self.facts)
+
+    def summary(self) -> str:
+        """One ``name: value`` line a fact."""
+        skip = {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"}
+        return "\n".join(f"{key + ':':<22} {_short(value)}" for key, value in self.facts.items() if key not in skip)
+
+
+def info(path: Path | None) -> Info:
+    """Describe a run folder or a weight file; the newest finished run when none is named.
+
+    Raises:
+        CheckpointError: Neither a run nor a safetensors file.
+    """
+    started = time.time()
+    facts = _facts(path) if path is not None else _facts(_newest())
+    return Info({**result_header("info", started), **facts})
+
+
+def _newest() -> Path:
+    found = find_model(None)
+    return found.run or found.weights
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return _describe_run(path)
+    if path.is_file():
+        return _describe_weights(path)
+    raise CheckpointError(
+        "There is no such run or file.", where=str(path), fix="name a run folder or a .safetensors file"
+    )
+
+
+def _describe_run(run: Path) -> dict[str, Any]:
+    status = run_status(run)
+    if status is None:
+        raise CheckpointError(
+            "This folder is not a run of medssl.",
+            where=f"{run}: run.json is missing or damaged",
+            fix="name the folder given to --out",
+            code="not_a_run",
+        )
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    steps = sorted(p.name for p in (run / "checkpoints").glob("step_*") if p.is_dir())
+    facts: dict[str, Any] = {"kind": "run", "path": str(run), "status": status}
+    facts |= {
+        key: record[key]
+        for key in ("recipe", "step", "total_steps", "device", "sequences", "data_digest", "split_digest", "versions")
+        if key in record
+    }
+    facts["checkpoints"] = steps
+    export = run / "export" / "teacher_backbone.safetensors"
+    if export.is_file():
+        facts["export"] = _describe_weights(export)
+    return facts
+
+
+def _describe_weights(path: Path) -> dict[str, Any]:
+    header = read_safetensors_header(path)
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    count = sum(_size(entry["shape"]) for entry in tensors.values())
+    facts: dict[str, Any] = {
+        "kind": "weights",
+        "path": str(path),
+        "tensors": len(tensors),
+        "parameters": count,
+        "dtypes": sorted({entry["dtype"] for entry in tensors.values()}),
+        "bytes": path.stat().st_size,
+    }
+    card = path.with_suffix(".json")
+    if card.is_file():
+        facts["card"] = json.loads(card.read_text(encoding="utf-8"))
+    return facts
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """Names, shapes and types of a safetensors file, without its data.
+
+    Raises:
+        CheckpointError: Not a safetensors file, or shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise ValueError(f"header length {length}")
+            header = json.loads(file.read(length))
+        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError(f"{path.stat().st_size} bytes instead of {8 + length + end}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            "This is not a whole safetensors file.",
+            where=f"{path}: {str(error)[:200]}",
+            fix="name a run folder, or a .safetensors file; `medssl convert weights` makes one of other formats",
+            code="weights_unreadable",
+        ) from error
+    return header
+
+
+def _size(shape: list[int]) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_short(v) for v in value) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
