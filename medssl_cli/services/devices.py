@@ -1,0 +1,41 @@
+"""The device a command works on: as asked, never another in silence."""
+
+from __future__ import annotations
+
+import torch
+
+from medssl_cli.core.errors import ConfigError, ResourceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there.
+
+    Raises:
+        ConfigError: Another name.
+        ResourceError: The device is absent.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise ConfigError(f"There is no device {name!r}.", fix="use auto, cpu, cuda or cuda:N", code="device_unknown")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(index or 0)
+    if number >= count:
+        build = torch.version.cuda or "no CUDA"
+        raise ResourceError(
+            f"The device {name} is absent.",
+            where=f"{count} CUDA devices; torch {torch.__version__} was built for {build}",
+            fix="pass --device cpu, free a GPU, or install a CUDA build of torch; `medssl doctor` tells more",
+            code="device_absent",
+        )
+    return torch.device("cuda", number)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name for logs and ``run.json``."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
