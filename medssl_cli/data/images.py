@@ -38,6 +38,7 @@ class ImageHeader:
         sform, qform: The two affines, None where their code is 0.
         slope, inter: Scaling as stored.
         big_endian: Byte order of the file.
+        n_axes: How many axes the file itself declares, 2 for a plane.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ImageHeader:
     slope: float
     inter: float
     big_endian: bool
+    n_axes: int = 3
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -240,9 +242,11 @@ def _parse_header(path: Path, data: bytes) -> ImageHeader:
     except (struct.error, ValueError, KeyError, nib.spatialimages.HeaderDataError) as error:
         raise _fault(path, "The NIfTI header is damaged.", "nifti_header", str(error)) from error
     shape = _checked_shape(path, dims)
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         affine_orientation(affine)
+    except (ValueError, nib.spatialimages.HeaderDataError) as error:  # a quaternion longer than 1
+        raise _fault(path, "The affine is singular or not finite.", "affine_singular", str(error)) from error
     except DataError as error:
         raise _fault(path, "The affine is singular or not finite.", "affine_singular", error.where) from error
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
@@ -256,6 +260,7 @@ def _parse_header(path: Path, data: bytes) -> ImageHeader:
         slope=slope,
         inter=inter,
         big_endian=header.endianness == ">",
+        n_axes=dims[0],
     )
 
 
@@ -265,7 +270,7 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
     try:
         return np.asarray(header.get_qform())
     except (ValueError, nib.spatialimages.HeaderDataError):
-        return None  # unusable quaternion: reported by the checks as a disagreement with the sform
+        return np.full((4, 4), np.nan)  # unusable quaternion: reported by the checks as a disagreement with the sform
 
 
 def _checked_shape(path: Path, dims: list[int]) -> tuple[int, ...]:

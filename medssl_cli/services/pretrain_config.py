@@ -75,8 +75,8 @@ class TrainConfig(Config):
     """How teacher logits become targets."""
     img_size: PositiveInt = 518
     """Side of the image whose grid the position table has; 518 for public DINOv2 weights."""
-    percentage_labels: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of cases whose region of interest is used; 0 never opens a mask."""
+    percentage_labels: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Share of cases whose region of interest is used; the same as data.percentage_labels, and wins over it."""
     log_period_iterations: PositiveInt = 10
     """Steps between log lines."""
     tensorboard: bool = True
@@ -105,6 +105,13 @@ class PretrainConfig(Config):
         if not text:
             return values
         return {**values, "data": {**parse_dataset_string(str(text)), **(values.get("data") or {})}}
+
+    @model_validator(mode="after")
+    def _join_shares(self) -> PretrainConfig:
+        share = self.train.percentage_labels
+        if share is None or share == self.data.percentage_labels:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"percentage_labels": share})})
 
     @model_validator(mode="after")
     def _check_together(self) -> PretrainConfig:

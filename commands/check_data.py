@@ -1,0 +1,116 @@
+"""medssl check-data: what is wrong with a data set, before a training finds out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from medssl_cli.services.check_data import CheckResult
+
+_LINES = 20
+
+
+def run(
+    source: Annotated[Path, typer.Argument(help="Case tree, image tree, or CSV with one row for each series.")],
+    task: Annotated[
+        str | None, typer.Option(help="pretrain, images or classify; by default what fits the source.")
+    ] = None,
+    sequences: Annotated[
+        str, typer.Option(help="Sequences of each case, joined by commas; the first is the reference grid.")
+    ] = "ax_t2wi,ax_adc,ax_dwi",
+    split_csv: Annotated[
+        list[Path] | None,
+        typer.Option(help="CSV of ids, or a folder with train.csv, val.csv, test.csv; may be given several times."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with an id column, for --task classify.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    roi: Annotated[str, typer.Option(help="Stem of the mask of the region of interest.")] = "roi_Prostate",
+    min_roi_pixels: Annotated[int, typer.Option(help="Smallest mask, in pixels of its largest slice.")] = 1,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="A missing sequence is a warning instead of an error.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for check_data.json and check_data.html; without it nothing is written.")
+    ] = None,
+    fix_csv: Annotated[Path | None, typer.Option(help="Write a CSV of the cases without error.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
+    on_error: Annotated[
+        str, typer.Option(help="stop: exit code 3 when there is an error; skip: exit code 4, bad cases are listed.")
+    ] = "stop",
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one less than there are CPUs.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Read every case and list what is wrong with it."""
+    if on_error not in ("stop", "skip"):
+        raise typer.BadParameter("stop or skip", param_hint="--on-error")
+    from medssl_cli.services.check_data import check_data
+
+    result = check_data(
+        source,
+        task=task,
+        sequences=tuple(name.strip() for name in sequences.split(",") if name.strip()),
+        split_csv=tuple(split_csv or ()),
+        labels=labels,
+        target=target,
+        roi=roi,
+        min_roi_pixels=min_roi_pixels,
+        missing_allowed=allow_missing,
+        out=out,
+        fix_csv=fix_csv,
+        overwrite=overwrite,
+        on_error=on_error,
+        workers=workers,
+        progress=_progress(),
+    )
+    if json:
+        typer.echo(result.to_json())
+    else:
+        _print(result)
+    result.raise_if_bad()
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """A bar on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if not bar:
+            bar.append(tqdm(total=total, unit="case", leave=False))
+        bar[0].update(done - bar[0].n)
+        if done == total:
+            bar[0].close()
+
+    return show
+
+
+def _print(result: CheckResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"error": "red", "warning": "yellow", "info": "blue"}
+    report = result.report
+    if result.findings:
+        table = Table("severity", "code", "findings", "cases", "for example", box=None, pad_edge=False)
+        for severity, code, n, cases, first in result.counts():
+            case = f"{first.case_id}: " if first.case_id else ""
+            table.add_row(Text(severity, colours[severity]), code, str(n), str(cases), Text(case + first.message))
+        Console(highlight=False, soft_wrap=False).print(table)
+    errors = [f for f in result.findings if f.severity == "error"]
+    for finding in errors[:_LINES]:
+        typer.echo(f"error {finding.code} {finding.case_id or 'data set'}: {finding.path}: {finding.message}")
+    if len(errors) > _LINES:
+        typer.echo(f"and {len(errors) - _LINES} more errors")
+    typer.echo(f"{report['n_ok']} of {report['n_cases']} cases without error ({report['task']})")
+    if result.out is not None:
+        typer.echo(f"written to {result.out}: check_data.json, check_data.html")

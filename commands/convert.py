@@ -1,0 +1,150 @@
+"""medssl convert: DICOM series into a case tree, and the sequences of a case onto one grid."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="convert",
+    help="Convert DICOM series into a case tree, and bring sequences onto one grid.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def dicom(
+    source: Annotated[Path, typer.Argument(help="Folder of DICOM files, searched to the bottom, or one file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the case tree; made if missing.")],
+    mapping: Annotated[
+        str | None, typer.Option(help="YAML of sequence: tag rules, or a shipped mapping. [default: default]")
+    ] = None,
+    convert_all: Annotated[
+        bool, typer.Option("--all", help="Convert series that no rule names, too, as <number>_<description>.")
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SEQ", help="Resample every sequence to the grid of this one, e.g. ax_t2wi.")
+    ] = None,
+    no_align: Annotated[bool, typer.Option("--no-align", help="Keep every sequence on its own grid.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes. [default: CPUs less one, at most 8]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan as a table, write nothing.")] = False,
+    anonymize: Annotated[
+        bool, typer.Option("--anonymize", help="Pseudonyms for ids; keep no tag that tells a person.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="dcm2niix, dicom2nifti or simpleitk; the gates are the same.")
+    ] = "dcm2niix",
+    on_error: Annotated[
+        str, typer.Option(help="After a case with a refused series: stop (exit 3), or skip and go on (exit 4).")
+    ] = "stop",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Convert everything again, and replace a folder that holds other things."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+    list_configs: Annotated[
+        bool,
+        typer.Option(
+            "--list-configs",
+            help="List the shipped mappings and exit.",
+            is_eager=True,
+            callback=lambda asked: _list_mappings(asked),
+        ),
+    ] = False,
+) -> None:
+    """Convert DICOM series into OUT/<case_id>/<sequence>.nii.gz, each behind gates that refuse a wrong volume."""
+    from medssl_cli.commands.progress import progress_bar
+    from medssl_cli.core.run import to_json
+    from medssl_cli.services.convert import ConvertRequest, convert_dicom
+
+    request = ConvertRequest(
+        source=source,
+        out=out,
+        mapping=mapping,
+        convert_all=convert_all,
+        reference=reference,
+        align=not no_align,
+        workers=workers,
+        dry_run=dry_run,
+        anonymize=anonymize,
+        engine=engine,
+        on_error=on_error,
+        overwrite=overwrite,
+    )
+    with progress_bar("reading headers") as reading, progress_bar("converting cases") as converting:
+        bars = {"reading": reading, "converting": converting}
+        result = convert_dicom(request, lambda step, done, total: bars[step](done, total))
+    if json:
+        typer.echo(to_json(result.report()))
+    else:
+        if dry_run:
+            typer.echo(_plan_table(result))
+        typer.echo(result.summary())
+    if result.error is not None:
+        raise result.error
+
+
+@app.command()
+def align(
+    root: Annotated[Path, typer.Argument(help="Case tree: one folder a case.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the mirrored tree; made if missing.")],
+    reference: Annotated[str, typer.Option(metavar="SEQ", help="Sequence whose grid all others take, e.g. ax_t2wi.")],
+    register: Annotated[
+        bool, typer.Option("--register", help="First move each image onto the reference, by mutual information.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes. [default: CPUs less one, at most 8]")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="After a case that cannot be aligned: stop (exit 3), or skip and go on (exit 4).")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Align everything again, and replace a folder that holds other things.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+) -> None:
+    """Resample every sequence of every case to the grid of one of them, in world coordinates."""
+    from medssl_cli.commands.progress import progress_bar
+    from medssl_cli.core.run import to_json
+    from medssl_cli.services.align import AlignRequest, align_tree
+
+    request = AlignRequest(
+        root, out, reference, register=register, workers=workers, on_error=on_error, overwrite=overwrite
+    )
+    with progress_bar("aligning cases") as progress:
+        result = align_tree(request, progress)
+    typer.echo(to_json(result.report()) if json else result.summary())
+    if result.error is not None:
+        raise result.error
+
+
+def _list_mappings(asked: bool) -> None:
+    if asked:
+        from medssl_cli.core.config import list_recipes
+
+        for name, line in list_recipes("convert"):
+            typer.echo(f"{name:<18} {line}")
+        raise typer.Exit
+
+
+def _plan_table(result) -> str:  # type: ignore[no-untyped-def]  # the type lives in a module that loads numpy
+    """The plan of a dry run: one line a volume, then what is refused and what is left alone."""
+    rows = [("case", "sequence", "series", "description", "slices", "volumes", "spacing z y x", "status")]
+    for o in result.outputs:
+        spacing = " ".join(f"{s:.4g}" for s in o.spacing)
+        rows.append(
+            (o.case_id, o.stem, o.series_number, o.description, str(o.n_slices), str(o.n_volumes), spacing, o.status)
+        )
+    for f in result.failures:
+        rows.append((f.case_id, f.stem or "-", f.series_number, f.description, "", "", "", f"refused: {f.code}"))
+    for u in result.unmatched:
+        rows.append((u["case_id"], "-", u["series_number"], u["description"], "", "", "", f"left alone: {u['reason']}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

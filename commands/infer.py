@@ -1,0 +1,55 @@
+"""medssl infer: cases in, embeddings, heat maps and a report out."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def run(
+    cases: Annotated[
+        list[str],
+        typer.Argument(metavar="CASE... [KEY=VALUE]...", help="NIfTI files, case folders or pictures; then overrides."),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Run folder or weight file; default: MEDSSL_MODEL, then the newest finished run under ./runs."),
+    ] = None,
+    heatmap: Annotated[bool, typer.Option("--heatmap", help="Add a heat map on the grid of the input.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results; one sub-folder a case if there are several.")] = Path(
+        "out"
+    ),
+    top_k: Annotated[int, typer.Option(min=1, help="Slices shown in heatmap.png.")] = 5,
+    sequence: Annotated[
+        str | None, typer.Option(help="Which of the model's sequences a single file is; default: by its name.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="A case that cannot be read: stop, or skip and list it.")
+    ] = "stop",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds something else.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+) -> None:
+    """Look at cases through a backbone: embeddings, heat map, report."""
+    from medssl_cli.commands.progress import progress_bar
+    from medssl_cli.services.infer import InferRequest, infer
+
+    request = InferRequest(
+        cases=tuple(word for word in cases if not _is_override(word)),
+        overrides=tuple(word for word in cases if _is_override(word)),
+        model=model,
+        heatmap=heatmap,
+        out=out,
+        top_k=top_k,
+        sequence=sequence,
+        device=device,
+        on_error=on_error,
+        overwrite=overwrite,
+    )
+    with progress_bar("cases") as progress:
+        result = infer(request, progress=progress if len(request.cases) > 1 else None)
+    typer.echo(result.to_json() if json else result.summary())
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not Path(word).exists()

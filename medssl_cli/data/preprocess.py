@@ -1,0 +1,496 @@
+"""Deterministic and invertible: orientation, one grid for all sequences, intensity limits. Travels with the checkpoint.
+
+A sequence that already lies on the grid of the reference keeps its voxels untouched; any other is interpolated once,
+in world coordinates, straight onto the final grid. Intensities are never changed here: what is stored are the limits
+between which a slice is later scaled to [0, 1], so that one preparation serves every scaling.
+
+Letters: S sequences, Z Y X voxels (array order), N slices along one axis, C H W channels and pixels of a picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import SimpleITK as sitk
+from PIL import Image
+from pydantic import PositiveInt, field_validator
+
+from medssl_cli.core.case import Case, Sequence
+from medssl_cli.core.config import Config
+from medssl_cli.core.errors import DataError
+from medssl_cli.core.volume import Volume, affine_spacing, grid_difference
+from medssl_cli.data.images import check_finite, read_image, read_volume
+
+log = logging.getLogger(__name__)
+
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts x to the left and y to the back, our affines to the right and front
+_MIN_INTEGER_RANGE = 100  # interpolated integers are rounded back only if a step is at most 1 % of what they span
+_LOW_COVERAGE = 0.5
+
+
+class PreprocessConfig(Config):
+    """From files to one grid and to intensity limits; the same at training and at inference."""
+
+    orientation: Literal["RAS", "LAS", "RPS", "LPS", "RAI", "LAI", "RPI", "LPI"] = "RAS"
+    """Where the voxel axes x, y, z point to. Axial, coronal and sagittal keep their array axes in all of these."""
+    reference: str | None = None
+    """Sequence whose grid all others are brought to; the first of the list that a case has, if not given or absent."""
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    """Lower and upper percentile of a slice that become 0 and 1."""
+    adc_scale: Literal["percentile", "fixed"] = "percentile"
+    """Scaling of sequences with `adc` in their name: by slice, or by `adc_range`, which keeps the units comparable."""
+    adc_range: tuple[float, float] = (0.0, 3000.0)
+    """Values that become 0 and 1 with `adc_scale: fixed`, in the units of the files (10⁻⁶ mm²/s)."""
+    resample_mm: tuple[float, float, float] | None = None
+    """Voxel size (z, y, x) in mm of the prepared grid; None keeps that of the reference. Needed for random axes when
+    the slices are thick."""
+    picture_side: PositiveInt | None = 512
+    """Photographs whose shorter side is longer than this are reduced to it. 512 keeps every pixel that a 224 px crop
+    of 32 % or a 98 px crop of 5 % of the area needs; None keeps the originals."""
+
+    @field_validator("percentiles")
+    @classmethod
+    def _percentiles_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 100:
+            raise ValueError("two rising percentiles between 0 and 100 are needed")
+        return value
+
+    @field_validator("adc_range")
+    @classmethod
+    def _range_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError("the lower end must be below the upper end")
+        return value
+
+    @field_validator("resample_mm")
+    @classmethod
+    def _spacing_sensible(cls, value: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if value is not None and not all(0.05 <= mm <= 50 for mm in value):
+            raise ValueError("voxel sizes lie between 0.05 and 50 mm")
+        return value
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of voxels without their values.
+
+    Args:
+        shape: (Z, Y, X).
+        affine: 4x4 float64, voxel (x, y, z, 1) -> mm, RAS+.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The way back from the prepared grid to that of the file it came from."""
+
+    source: Grid
+    prepared: Grid
+
+    def restore(self, map_ZYX: np.ndarray, *, nearest: bool | None = None) -> Volume:
+        """(Z, Y, X) on the prepared grid -> Volume with the shape and affine of the reference file, exactly.
+
+        Args:
+            map_ZYX: Label map, mask or heat map.
+            nearest: Interpolation where the grid was resampled; None takes nearest for integers and masks, linear
+                for floats. Without resampling nothing is interpolated. Outside the prepared grid the map is 0.
+        """
+        if map_ZYX.shape != self.prepared.shape:
+            raise ValueError(f"the map is {map_ZYX.shape}, the prepared grid {self.prepared.shape}")
+        nearest = map_ZYX.dtype.kind in "biu" if nearest is None else nearest
+        volume = Volume(map_ZYX, self.prepared.affine).reoriented(_orientation(self.source))
+        if _difference(volume, self.source):
+            volume = to_reference_grid(volume, self.source, nearest=nearest, outside=0.0)
+        return Volume(volume.array.astype(map_ZYX.dtype, copy=False), self.source.affine)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All sequences of one case on one grid.
+
+    Args:
+        case_id: Whose.
+        images_SZYX: uint8, int16, uint16, int32 or float32; all zeros where a sequence is absent.
+        affine: 4x4 float64 of the prepared grid.
+        roi_ZYX: Boolean mask, or None when the case has none.
+        available_S: Which sequences exist.
+        resampled_S: Which sequences were interpolated.
+        restore: The way back.
+    """
+
+    case_id: str
+    images_SZYX: np.ndarray
+    affine: np.ndarray
+    roi_ZYX: np.ndarray | None
+    available_S: np.ndarray
+    resampled_S: np.ndarray
+    restore: Restore
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One photograph as it is stored.
+
+    Args:
+        image_CHW: uint8, uint16 or float32, C 1 or 3.
+        low, high: Values that become 0 and 1: the range of the type for 8 bits, else percentiles of the whole picture
+            with all its channels together, so that colours keep their ratio.
+    """
+
+    image_CHW: np.ndarray
+    low: float
+    high: float
+
+
+def prepare_case(case: Case, sequences: tuple[str, ...], config: PreprocessConfig) -> Prepared:
+    """Read the sequences of a case and bring them, and the region of interest, onto one grid.
+
+    Args:
+        case: Files of one patient.
+        sequences: Names in channel order; those that the case lacks become zeros and are marked.
+        config: How.
+
+    Raises:
+        DataError: With case and path: no sequence at all, unreadable, 4-D, flat, constant or non-finite voxels, or
+            grids that do not overlap.
+    """
+    with naming_case(case):
+        present = [name for name in sequences if name in case.sequences]
+        if not present:
+            raise DataError(
+                "A case has none of the sequences asked for.",
+                where=f"asked for {', '.join(sequences)}; there are: {', '.join(case.sequences) or 'none'}",
+                fix="check data.mri_sequences and the file names, or leave the case out",
+                code="sequences_missing",
+            )
+        reference = config.reference if config.reference in present else present[0]
+        volumes = {name: _read_sequence(case.sequences[name]) for name in present}
+        source = Grid(volumes[reference].shape, volumes[reference].affine)
+        grid = prepared_grid(source, config)
+        moved = {name: _onto(volumes[name], grid, str(case.sequences[name].path)) for name in present}
+        images = _stack([moved[name][0] if name in moved else None for name in sequences], grid.shape)
+        return Prepared(
+            case_id=case.case_id,
+            images_SZYX=images,
+            affine=grid.affine,
+            roi_ZYX=None if case.roi is None else _read_roi(case.roi, grid),
+            available_S=np.array([name in moved for name in sequences]),
+            resampled_S=np.array([name in moved and moved[name][1] for name in sequences]),
+            restore=Restore(source, grid),
+        )
+
+
+def prepare_picture(case: Case, config: PreprocessConfig) -> Picture:
+    """Read the one photograph of an image case.
+
+    Pictures of 8 bits are later scaled by 255; those of 16 bits or floats by the percentiles of the whole picture,
+    because their used range is not told by the type.
+
+    Raises:
+        DataError: With case and path: missing, damaged, constant or non-finite.
+    """
+    with naming_case(case):
+        if not case.sequences:
+            raise DataError("An image case has no picture.", fix="check the image tree", code="sequences_missing")
+        path = next(iter(case.sequences.values())).path
+        image = read_image(path)
+        check_finite(path, image)
+        _refuse_constant(path, image)
+        image = _reduced(image, config.picture_side)
+        if image.dtype == np.uint8:
+            return Picture(image, 0.0, 255.0)
+        low, high = slice_limits(image.reshape(1, 1, -1), 0, config.percentiles)
+        return Picture(image, float(low[0]), float(high[0]))
+
+
+def prepared_grid(source: Grid, config: PreprocessConfig) -> Grid:
+    """The grid of the reference file, turned to the wanted orientation and voxel size, about the same centre."""
+    turned = Volume(np.broadcast_to(np.uint8(0), source.shape), source.affine)
+    turned = turned.reoriented(config.orientation)
+    grid = Grid(turned.shape, turned.affine)
+    if config.resample_mm is None or np.allclose(turned.spacing, config.resample_mm, rtol=1e-3):
+        return grid
+    ratio = np.array(turned.spacing) / config.resample_mm  # (z, y, x)
+    shape = tuple(max(1, round(float(n * r))) for n, r in zip(grid.shape, ratio, strict=True))
+    affine = grid.affine.copy()
+    affine[:3, :3] /= ratio[::-1]
+    old_centre = grid.affine @ [*((np.array(grid.shape[::-1]) - 1) / 2), 1]
+    new_centre = affine @ [*((np.array(shape[::-1]) - 1) / 2), 1]
+    affine[:3, 3] += old_centre[:3] - new_centre[:3]
+    return Grid((shape[0], shape[1], shape[2]), affine)
+
+
+def to_reference_grid(
+    volume: Volume, reference: Volume | Grid, *, nearest: bool, outside: float | None = None
+) -> Volume:
+    """The volume on another grid, through world coordinates; on the same grid its voxels stay untouched.
+
+    Args:
+        volume: (Z, Y, X).
+        reference: Where to.
+        nearest: True for masks and label maps, False (linear) for images.
+        outside: Value beyond the volume; None takes its smallest.
+
+    Returns:
+        Nearest keeps the data type. Linear gives float32 (float64 for data that float32 cannot hold).
+
+    Raises:
+        DataError: The two grids have no place in common.
+    """
+    if not _difference(volume, reference):
+        return Volume(volume.array, reference.affine)
+    if _coverage(volume, reference) == 0:
+        raise DataError(
+            "The image does not overlap with the grid it is to be brought to.",
+            where=_both_grids(volume, reference),
+            fix="check that the files belong to the same patient and study, and convert them again",
+            code="grids_apart",
+        )
+    array = volume.array.astype(np.uint8) if volume.array.dtype == np.bool_ else volume.array
+    if not nearest:
+        array = array.astype(np.float32 if _fits_float32(array.dtype) else np.float64, copy=False)
+    outside = float(array.min()) if outside is None else outside
+    spacing, direction, origin = _itk_geometry(reference.affine)
+    moved = sitk.Resample(
+        _to_itk(array, volume.affine),
+        [int(n) for n in reference.shape[::-1]],
+        sitk.Transform(),
+        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
+        origin,
+        spacing,
+        direction,
+        outside,
+    )
+    dtype = volume.array.dtype if nearest else array.dtype
+    return Volume(sitk.GetArrayFromImage(moved).astype(dtype, copy=False), reference.affine)
+
+
+def sequence_limits(
+    name: str, volume_ZYX: np.ndarray, axis: int, config: PreprocessConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(low_N, high_N): the values of every slice along ``axis`` that become 0 and 1, for the sequence ``name``."""
+    if config.adc_scale == "fixed" and "adc" in name.lower():
+        count = volume_ZYX.shape[axis]
+        return np.full(count, config.adc_range[0]), np.full(count, config.adc_range[1])
+    return slice_limits(volume_ZYX, axis, config.percentiles)
+
+
+def slice_limits(volume_ZYX: np.ndarray, axis: int, percentiles: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Two percentiles of every slice along ``axis``, linearly interpolated as ``numpy.percentile`` does.
+
+    Where the two coincide (nearly all of a slice is one value), smallest and largest value stand in; a slice of one
+    value only has low = high.
+
+    Returns:
+        (low_N, high_N) float64.
+    """
+    rows = np.moveaxis(volume_ZYX, axis, 0).reshape(volume_ZYX.shape[axis], -1)
+    rows = np.sort(rows, axis=1)  # a radix sort for 8 and 16 bits: ten times faster than numpy.percentile
+    low, high = (_interpolated(rows, q) for q in percentiles)
+    flat = high <= low
+    return np.where(flat, rows[:, 0], low).astype(np.float64), np.where(flat, rows[:, -1], high).astype(np.float64)
+
+
+def scale_to_unit(image_SHW: np.ndarray, low_S: np.ndarray, high_S: np.ndarray) -> np.ndarray:
+    """(S, H, W) float32: low -> 0, high -> 1, clipped; zeros where low = high (an absent or empty plane)."""
+    width = np.asarray(high_S, np.float32) - np.asarray(low_S, np.float32)
+    factor = np.divide(1.0, width, out=np.zeros_like(width), where=width > 0)
+    scaled = image_SHW.astype(np.float32)
+    scaled -= np.asarray(low_S, np.float32)[:, None, None]
+    scaled *= factor[:, None, None]
+    return np.clip(scaled, 0.0, 1.0, out=scaled)
+
+
+@contextlib.contextmanager
+def naming_case(case: Case) -> Iterator[None]:
+    """Put the case id in front of the place that a DataError names."""
+    try:
+        yield
+    except DataError as error:
+        where = f"case {case.case_id}" + (f": {error.where}" if error.where else "")
+        raise DataError(error.what, where=where, fix=error.fix, code=error.code) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_sequence(sequence: Sequence) -> Volume:
+    """A 3-D, finite volume that is not constant."""
+    path = sequence.path
+    volume = _as_3d(read_volume(path), sequence)
+    if min(volume.shape) < 2:
+        raise DataError(
+            "The image is flat: a volume needs at least two voxels along each axis.",
+            where=f"{path}: {' x '.join(str(n) for n in volume.shape[::-1])} voxels",
+            fix="leave the case out, or train on pictures (data.kind=images)",
+            code="volume_flat",
+        )
+    check_finite(path, volume.array)
+    _refuse_constant(path, volume.array)
+    return volume
+
+
+def _as_3d(volume: Volume, sequence: Sequence) -> Volume:
+    if volume.array.ndim == 3:
+        return volume
+    count = volume.array.shape[0]
+    if sequence.volume_index is None or not 0 <= sequence.volume_index < count:
+        chosen = "" if sequence.volume_index is None else f", number {sequence.volume_index} is asked for"
+        raise DataError(
+            "The image is 4-D where one volume is expected.",
+            where=f"{sequence.path}: {count} volumes{chosen}",
+            fix="split it by b-value with `medssl convert dicom`, or put its .bval file beside it",
+            code="volume_4d",
+        )
+    return Volume(volume.array[sequence.volume_index], volume.affine)
+
+
+def _read_roi(path: Path, grid: Grid) -> np.ndarray:
+    volume = read_volume(path)
+    if volume.array.ndim != 3:
+        raise DataError("The mask is 4-D.", where=str(path), fix="give one 3-D mask", code="volume_4d")
+    check_finite(path, volume.array)
+    mask = Volume((volume.array > 0.5).astype(np.uint8), volume.affine)
+    return _moved(mask, grid, str(path), nearest=True).array.astype(bool)
+
+
+def _refuse_constant(path: Path, array: np.ndarray) -> None:
+    if array.min() == array.max():
+        raise DataError(
+            "The image is constant.",
+            where=f"{path}: every value is {array.flat[0]}",
+            fix="convert it again, or leave the case out",
+            code="volume_constant",
+        )
+
+
+def _onto(volume: Volume, grid: Grid, path: str) -> tuple[np.ndarray, bool]:
+    """(voxels on the grid, whether they were interpolated)."""
+    turned = volume.reoriented(_orientation(grid))
+    if not _difference(turned, grid):
+        return turned.array, False
+    moved = _moved(turned, grid, path, nearest=False).array
+    whole = _is_whole(volume.array) and float(volume.array.max()) - float(volume.array.min()) >= _MIN_INTEGER_RANGE
+    return (np.rint(moved) if whole else moved), True
+
+
+def _moved(volume: Volume, grid: Grid, path: str, *, nearest: bool) -> Volume:
+    try:
+        moved = to_reference_grid(volume, grid, nearest=nearest, outside=0.0 if nearest else None)
+    except DataError as error:
+        raise DataError(error.what, where=f"{path}: {error.where}", fix=error.fix, code=error.code) from error
+    coverage = _coverage(volume, grid)
+    if coverage < _LOW_COVERAGE:
+        log.warning("%s covers only %.0f %% of the grid it is brought to", path, 100 * coverage)
+    return moved
+
+
+def _stack(volumes: list[np.ndarray | None], shape: tuple[int, int, int]) -> np.ndarray:
+    """(S, Z, Y, X) in the smallest type that holds every sequence; zeros for None."""
+    dtype = _storage_dtype([v for v in volumes if v is not None])
+    images = np.zeros((len(volumes), *shape), dtype)
+    for plane, volume in zip(images, volumes, strict=True):
+        if volume is not None:
+            plane[...] = volume
+    return images
+
+
+def _storage_dtype(volumes: list[np.ndarray]) -> np.dtype:
+    """uint8, int16, uint16 or int32 for whole numbers, however the file writes them; else float32."""
+    if all(_is_whole(v) for v in volumes):
+        low, high = min(float(v.min()) for v in volumes), max(float(v.max()) for v in volumes)
+        for kind in (np.uint8, np.int16, np.uint16, np.int32):
+            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+                return np.dtype(kind)
+    if any(max(abs(float(v.min())), abs(float(v.max()))) > float(np.finfo(np.float32).max) for v in volumes):
+        raise DataError(
+            "The image has values beyond the range of 32-bit floats.",
+            where=f"largest magnitude {max(float(np.abs(v).max()) for v in volumes):.3g}",
+            fix="scale it to sensible units",
+            code="values_huge",
+        )
+    return np.dtype(np.float32)
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biu" or bool((array == np.rint(array)).all())
+
+
+def _fits_float32(dtype: np.dtype) -> bool:
+    return bool(np.can_cast(dtype, np.float32))
+
+
+def _orientation(grid: Grid | Volume) -> str:
+    return Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).orientation
+
+
+def _difference(one: Volume | Grid, other: Volume | Grid) -> str | None:
+    return grid_difference(one.shape, one.affine, other.shape, other.affine)
+
+
+def _both_grids(volume: Volume | Grid, other: Volume | Grid) -> str:
+    def box(grid: Volume | Grid) -> str:
+        ends = np.array([[0, 0, 0, 1], [*(n - 1 for n in grid.shape[::-1]), 1]]).T
+        corners = (grid.affine @ ends)[:3]
+        return ", ".join(f"{c} {a:.0f}..{b:.0f}" for c, a, b in zip("xyz", corners.min(1), corners.max(1), strict=True))
+
+    return f"it lies at {box(volume)} mm, the grid at {box(other)} mm"
+
+
+def _coverage(volume: Volume | Grid, reference: Volume | Grid) -> float:
+    """Share of the places of ``reference`` that lie inside ``volume``, from at most 64 samples along each axis."""
+    there = np.linalg.inv(volume.affine) @ reference.affine  # voxel of the reference -> voxel of the volume
+    counts = reference.shape[::-1]
+    ticks = [np.unique(np.linspace(0, n - 1, min(n, 64)).round()) for n in counts]
+    inside = np.ones([len(t) for t in ticks], dtype=bool)
+    for row, size in enumerate(volume.shape[::-1]):
+        x, y, z = (there[row, axis] * ticks[axis] for axis in range(3))
+        place = x[:, None, None] + y[None, :, None] + z[None, None, :] + there[row, 3]
+        inside &= (place >= -0.5) & (place <= size - 0.5)
+    return float(inside.mean())
+
+
+def _itk_geometry(affine: np.ndarray) -> tuple[list[float], list[float], list[float]]:
+    """(spacing, direction, origin) in ITK's convention, x first, L P S."""
+    lps = _LPS @ affine
+    spacing = np.array(affine_spacing(affine)[::-1])
+    return spacing.tolist(), (lps[:3, :3] / spacing).ravel().tolist(), lps[:3, 3].tolist()
+
+
+def _to_itk(array_ZYX: np.ndarray, affine: np.ndarray) -> sitk.Image:
+    image = sitk.GetImageFromArray(array_ZYX)
+    spacing, direction, origin = _itk_geometry(affine)
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    image.SetOrigin(origin)
+    return image
+
+
+def _interpolated(sorted_rows: np.ndarray, percentile: float) -> np.ndarray:
+    place = percentile / 100 * (sorted_rows.shape[1] - 1)
+    below = int(place)
+    above = min(below + 1, sorted_rows.shape[1] - 1)
+    a, b = sorted_rows[:, below].astype(np.float64), sorted_rows[:, above].astype(np.float64)
+    return a + (b - a) * (place - below)
+
+
+def _reduced(image_CHW: np.ndarray, side: int | None) -> np.ndarray:
+    """The picture with its shorter side at most ``side``, antialiased, in the same data type."""
+    height, width = image_CHW.shape[1:]
+    if side is None or min(height, width) <= side:
+        return image_CHW
+    scale = side / min(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    wide = image_CHW if image_CHW.dtype == np.uint8 else image_CHW.astype(np.float32)
+    planes = [np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)) for plane in wide]
+    reduced = np.stack(planes)  # bilinear: Pillow widens the filter when it reduces, and it never overshoots
+    return (np.rint(reduced) if image_CHW.dtype.kind in "iu" else reduced).astype(image_CHW.dtype)

@@ -1,0 +1,173 @@
+"""Which patch tokens of the global crops are hidden from the student: block masks in the manner of BEiT.
+
+A fixed share of the crops is masked, with stratified ratios, so that every batch holds easy and hard crops. All crops
+of a batch are drawn side by side: one round of ten tried rectangles a crop costs the same for one crop as for hundreds.
+
+Letters: C crops, S sequences, N patch tokens of one sequence, M masks drawn, T tries, R rows, W columns of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+MaskMode = Literal["shared", "full_sequence", "independent"]
+
+TRIES = 10
+"""Rectangles tried before a mask is left as it is."""
+
+MIN_AREA = 4.0
+"""Smallest area asked for, in patches; less only where fewer remain to be masked."""
+
+MIN_ASPECT = 0.3
+"""Aspect of a rectangle, height over width, is log-uniform in 0.3 .. 1/0.3."""
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """The masks of one batch of crops.
+
+    Args:
+        blocks_CSN: bool, block masks; all False for a crop that drew none.
+        full_CS: bool, the one sequence of a crop that is hidden whole; all False unless the mode is ``full_sequence``.
+    """
+
+    blocks_CSN: np.ndarray
+    full_CS: np.ndarray
+
+    def flat(self) -> np.ndarray:
+        """(C, S*N) bool, sequence-major: all tokens of sequence 1, then of sequence 2."""
+        return (self.blocks_CSN | self.full_CS[:, :, None]).reshape(len(self.blocks_CSN), -1)
+
+
+def draw_token_masks(
+    n_crops: int,
+    n_sequences: int,
+    grid: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    sample_probability: float = 0.5,
+    ratio_min_max: tuple[float, float] = (0.1, 0.5),
+    mode: MaskMode = "full_sequence",
+    exact: bool = False,
+) -> TokenMasks:
+    """Draw the masks of ``n_crops`` global crops.
+
+    Args:
+        n_crops: C, the crops of all views together, view-major; the masks lie in the same order.
+        n_sequences: S; 1 for a plain picture.
+        grid: (rows, columns) of patch tokens of one sequence.
+        rng: Source of every draw.
+        sample_probability: Share p of the crops that get block masks: exactly floor(p * C) of them.
+        ratio_min_max: Share of the grid that a masked crop asks for; the i-th masked crop draws from the i-th of equal
+            slices of this range, and the crops are shuffled.
+        mode: ``shared``: one block mask for all sequences. ``full_sequence``: the same, and one sequence of each crop,
+            masked or not, hidden whole (with a single sequence this would hide everything, so it is ``shared``).
+            ``independent``: a block mask for each sequence, of the same requested ratio.
+        exact: Top a mask up with single patches to the requested number.
+
+    Source: block masks Bao et al. 2022 (BEiT), stratified ratios Oquab et al. 2023 (DINOv2), whole sequences as in
+    MM-DINOv2 (2025).
+    """
+    if mode not in ("shared", "full_sequence", "independent"):
+        raise ValueError(f"mask mode is shared, full_sequence or independent, got {mode!r}")
+    n_tokens = grid[0] * grid[1]
+    n_masked = int(sample_probability * n_crops + 1e-9)
+    chosen = rng.permutation(n_crops)[:n_masked]
+    requests = np.floor(n_tokens * _stratified(n_masked, ratio_min_max, rng) + 1e-9).astype(np.int64)
+    n_own = n_sequences if mode == "independent" else 1
+    masks = block_masks(np.repeat(requests, n_own), grid, rng, exact=exact)
+    blocks_CSN = np.zeros((n_crops, n_sequences, n_tokens), dtype=bool)
+    blocks_CSN[chosen] = masks.reshape(n_masked, n_own, n_tokens)
+    full_CS = np.zeros((n_crops, n_sequences), dtype=bool)
+    if mode == "full_sequence" and n_sequences > 1:
+        full_CS[np.arange(n_crops), rng.integers(n_sequences, size=n_crops)] = True
+    return TokenMasks(blocks_CSN, full_CS)
+
+
+def block_masks(
+    requests_M: np.ndarray, grid: tuple[int, int], rng: np.random.Generator, *, exact: bool = False
+) -> np.ndarray:
+    """Masks made of rectangles, never of more patches than requested, and usually of 0 to 2 fewer.
+
+    Args:
+        requests_M: Patches to mask in each mask.
+        grid: (rows, columns).
+        rng: Source of every draw.
+        exact: Add single patches where rectangles fell short.
+
+    Returns:
+        (M, rows, columns) bool.
+    """
+    masks_MRW = np.zeros((len(requests_M), *grid), dtype=bool)
+    cap = grid[0] * grid[1] / 2  # a true half: an odd grid keeps its half patch
+    active = np.flatnonzero(requests_M > 0)
+    while len(active):
+        remaining = requests_M[active] - masks_MRW[active].sum((1, 2))
+        grew = _add_rectangles(masks_MRW, active, np.minimum(remaining, cap), rng)
+        left = requests_M[active] - masks_MRW[active].sum((1, 2))
+        active = active[grew & (left > 0)]
+    if exact:
+        _top_up(masks_MRW, requests_M, rng)
+    return masks_MRW
+
+
+def _stratified(count: int, bounds: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """``count`` numbers, the i-th uniform in the i-th of equal slices of ``bounds``."""
+    low, high = bounds
+    return low + (high - low) * (np.arange(count) + rng.random(count)) / max(count, 1)
+
+
+def _add_rectangles(
+    masks_MRW: np.ndarray, active: np.ndarray, limit: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Add to each active mask the first of ten drawn rectangles that fits and brings 1 .. limit new patches.
+
+    Returns:
+        bool, one for each active mask: whether a rectangle was added.
+    """
+    rows, columns = masks_MRW.shape[1:]
+    u = rng.random((4, len(active), TRIES))
+    area = MIN_AREA + (limit[:, None] - MIN_AREA) * u[0]
+    root_aspect = np.exp(math.log(MIN_ASPECT) * (u[1] - 0.5))  # square root of a log-uniform aspect
+    height = np.rint(np.sqrt(area) * root_aspect).astype(np.int64)
+    width = np.rint(np.sqrt(area) / root_aspect).astype(np.int64)
+    fits = (height >= 1) & (height <= rows) & (width >= 1) & (width <= columns)
+    height, width = np.where(fits, height, 1), np.where(fits, width, 1)
+    top = (u[2] * (rows - height + 1)).astype(np.int64)
+    left = (u[3] * (columns - width + 1)).astype(np.int64)
+    new = height * width - _count_inside(masks_MRW[active], top, left, height, width)
+    fits &= (new >= 1) & (new <= limit[:, None])
+    first = fits.argmax(1)
+    pick = np.arange(len(active))
+    grew = fits[pick, first]
+    box = [part[pick, first][grew, None] for part in (top, left, height, width)]
+    y, x = np.arange(rows), np.arange(columns)
+    in_rows = (y >= box[0]) & (y < box[0] + box[2])
+    in_columns = (x >= box[1]) & (x < box[1] + box[3])
+    masks_MRW[active[grew]] |= in_rows[:, :, None] & in_columns[:, None, :]
+    return grew
+
+
+def _count_inside(
+    masks_MRW: np.ndarray, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray
+) -> np.ndarray:
+    """(M, T) patches already masked inside each rectangle, from a summed-area table."""
+    count, rows, columns = masks_MRW.shape
+    table = np.zeros((count, rows + 1, columns + 1), dtype=np.int32)
+    np.cumsum(masks_MRW, axis=1, out=table[:, 1:, 1:])
+    np.cumsum(table[:, 1:, 1:], axis=2, out=table[:, 1:, 1:])
+    m = np.arange(count)[:, None]
+    bottom, right = top + height, left + width
+    return table[m, bottom, right] - table[m, top, right] - table[m, bottom, left] + table[m, top, left]
+
+
+def _top_up(masks_MRW: np.ndarray, requests_M: np.ndarray, rng: np.random.Generator) -> None:
+    flat_MN = masks_MRW.reshape(len(masks_MRW), -1)
+    short = requests_M - flat_MN.sum(1)
+    order = np.argsort(np.where(flat_MN, 2.0, rng.random(flat_MN.shape)), axis=1)  # free patches first, shuffled
+    m, rank = np.nonzero(np.arange(flat_MN.shape[1]) < short[:, None])
+    flat_MN[m, order[m, rank]] = True

@@ -1,0 +1,68 @@
+"""The projection head of DINO and iBOT: features to prototype logits.
+
+Letters: T rows (cls or patch tokens), D width of the backbone, K prototypes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are a direction and a length: W = g * v / ||v||.
+
+    Parameter names are those of the classic weight normalisation, ``weight_g`` (K, 1) and ``weight_v`` (K, D), so that
+    published heads load. The gains start at 1 and are trained.
+
+    Source: Salimans and Kingma 2016.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        bound = in_features**-0.5
+        nn.init.uniform_(self.weight_v, -bound, bound)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, K)."""
+        return F.linear(x_TD, F.normalize(self.weight_v, dim=1) * self.weight_g)
+
+
+class DINOHead(nn.Module):
+    """MLP to a bottleneck on the unit sphere, then cosines to the prototypes times their gains: (T, D) -> (T, K).
+
+    Args:
+        in_dim: Width D of the backbone.
+        n_prototypes: K.
+        hidden_dim: Width of the MLP.
+        bottleneck_dim: Width in which the cosines are taken.
+        n_layers: Linear layers of the MLP, at least 1.
+
+    Source: Caron et al. 2021 (DINO); Oquab et al. 2023, where the gains are trained.
+    """
+
+    def __init__(
+        self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, n_layers: int = 3
+    ) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (n_layers - 1), bottleneck_dim]
+        linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        layers: list[nn.Module] = [linears[0]]
+        for linear in linears[1:]:
+            layers += [nn.GELU(), linear]
+        self.mlp = layers[0] if n_layers == 1 else nn.Sequential(*layers)
+        self.last_layer = WeightNormLinear(bottleneck_dim, n_prototypes)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> logits (T, K)."""
+        x_TD = self.mlp(x_TD)
+        eps = 1e-6 if x_TD.dtype in (torch.float16, torch.bfloat16) else 1e-12  # 1e-12 is 0 in half precision
+        return self.last_layer(F.normalize(x_TD, dim=-1, eps=eps))

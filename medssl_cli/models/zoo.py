@@ -1,0 +1,598 @@
+"""Named sizes of the backbone, and weights in and out: foreign files renamed and reported, our own with a card beside.
+
+A weight file is never trusted: only tensors are read from it, whatever it claims to hold, and nothing is copied into a
+model before the whole of it has been compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medssl_cli.core.config import Config
+from medssl_cli.core.errors import CheckpointError, ConfigError
+from medssl_cli.core.run import SCHEMA_VERSION, atomic_path, package_version, say_disk_errors, write_json
+from medssl_cli.models.layers import nearest_legal_sizes
+from medssl_cli.models.vit import VisionTransformer, resize_positions
+
+logger = logging.getLogger(__name__)
+
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "giant2": (1536, 40, 24),
+}
+"""(width, blocks, heads) of each named size; heads are 64 wide."""
+
+FAMILIES = ("vit", "medical_vit", "glioma_vit")
+"""Names under which published configurations know the same networks."""
+
+ARCHS = {f"{family}_{size}": numbers for family in FAMILIES for size, numbers in SIZES.items()}
+
+
+class StudentConfig(Config):
+    """The backbone that is trained, in DINOv2's names."""
+
+    arch: str = "vit_large"
+    """vit_tiny, vit_small, vit_base, vit_large or vit_giant2; medical_vit_* and glioma_vit_* name the same networks."""
+
+    patch_size: PositiveInt = 16
+    """Side of a patch in pixels; image and crop sizes are multiples of it."""
+
+    drop_path_rate: float = Field(default=0.3, ge=0, lt=1)
+    """Stochastic depth of the student."""
+
+    drop_path_uniform: bool = True
+    """The same rate in every block; otherwise it rises linearly from 0."""
+
+    layerscale: NonNegativeFloat = 1e-5
+    """Start of the layer scale; 0 leaves it out."""
+
+    pretrained_weights: str = ""
+    """Weight file for the backbone at step 0; empty for a fresh start."""
+
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = "mlp"
+    """Feed-forward layer; swiglu and swiglufused are the same numbers."""
+
+    block_chunks: NonNegativeInt = 0
+    """Keep the blocks in that many chunks, as sharded DINOv2 checkpoints do; 0 for a flat list."""
+
+    qkv_bias: bool = True
+    """Bias of the query, key and value projection."""
+
+    proj_bias: bool = True
+    """Bias of the output projection of attention."""
+
+    ffn_bias: bool = True
+    """Bias of the feed-forward layers."""
+
+    use_mri_seq_embed: bool = False
+    """Add an embedding of its sequence to every patch token."""
+
+    img_wise_pos_embed: bool = True
+    """Every sequence has the same 2-D positions; otherwise they are stacked into one tall image."""
+
+    num_register_tokens: NonNegativeInt = 0
+    """Extra tokens without position."""
+
+    interpolate_offset: NonNegativeFloat | None = None
+    """Offset of the position resize; null: 0.1 without registers, 0 (exact size) with them."""
+
+    interpolate_antialias: bool | None = None
+    """Low-pass filter of the position resize; null: with registers only."""
+
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    embed_dim: PositiveInt | None = None
+    """Width, instead of the one that arch names."""
+
+    depth: PositiveInt | None = None
+    """Number of blocks, instead of the one that arch names."""
+
+    num_heads: PositiveInt | None = None
+    """Attention heads, instead of those that arch names."""
+
+    @field_validator("arch")
+    @classmethod
+    def _known(cls, arch: str) -> str:
+        if arch not in ARCHS:
+            near = difflib.get_close_matches(arch, ARCHS, n=1)
+            raise ValueError(
+                f"no such architecture; {f'did you mean {near[0]}? ' if near else ''}known: "
+                f"{', '.join(f'vit_{size}' for size in SIZES)}, also as medical_vit_* and glioma_vit_*"
+            )
+        return arch
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> StudentConfig:
+        width, _, heads = self.size
+        if width % heads:
+            raise ValueError(f"embed_dim {width} is no multiple of num_heads {heads}")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(width, blocks, heads) after the optional keys."""
+        width, depth, heads = ARCHS[self.arch]
+        return self.embed_dim or width, self.depth or depth, self.num_heads or heads
+
+
+def build_backbone(
+    config: StudentConfig,
+    img_size: int,
+    sequences: Sequence[str] | None,
+    in_chans: int = 3,
+    *,
+    stochastic_depth: bool,
+) -> VisionTransformer:
+    """A fresh backbone; ``pretrained_weights`` is left to the caller.
+
+    Args:
+        config: Its settings.
+        img_size: Side of the image for which positions are stored.
+        sequences: Names of the MRI sequences in channel order; None for plain pictures.
+        in_chans: Channels of the patch convolution, 3 to take RGB weights.
+        stochastic_depth: True for the student; the teacher and a backbone for inference are built without.
+
+    Raises:
+        ConfigError: ``img_size`` is no multiple of the patch size.
+    """
+    if img_size % config.patch_size:
+        below, above = nearest_legal_sizes(img_size, config.patch_size)
+        raise ConfigError(
+            f"The image size is no multiple of the patch size {config.patch_size}.",
+            where=f"img_size = {img_size}",
+            fix=f"choose {below} or {above}" if below != above else f"choose {above}",
+            code="img_size_illegal",
+        )
+    width, depth, heads = config.size
+    not_mine = {"arch", "pretrained_weights", "drop_path_rate", "embed_dim", "depth", "num_heads"}
+    return VisionTransformer(
+        img_size=img_size,
+        in_chans=in_chans,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        sequences=sequences,
+        drop_path_rate=config.drop_path_rate if stochastic_depth else 0.0,
+        **{name: value for name, value in config if name not in not_mine},
+    )
+
+
+def sequence_order(trained: Sequence[str], given: Sequence[str]) -> list[int | None]:
+    """For each sequence of the backbone, the channel of the input that holds it; None where it is absent.
+
+    Raises:
+        ConfigError: A given name that the backbone does not know, a name given twice, or none at all.
+    """
+    unknown = [name for name in given if name not in trained]
+    if unknown or not given or len(set(given)) != len(given):
+        raise ConfigError(
+            "The sequences of the input do not fit the backbone.",
+            where=f"given: {', '.join(given) or 'none'}; trained on: {', '.join(trained)}",
+            fix="name the sequences as in training, each once; any part of them in any order will do",
+            code="sequences_differ",
+        )
+    return [list(given).index(name) if name in given else None for name in trained]
+
+
+# --- reading weights -------------------------------------------------------------------------------------------------
+
+_NESTS = ("teacher", "model", "state_dict", "model_state_dict", "student", "module")
+"""Keys under which weight files keep their tensors, in the order of preference."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, on the CPU, as they are named there.
+
+    Takes safetensors and ``torch.save`` files, with the tensors at the top or below teacher, model, state_dict, …
+    Pickled objects other than tensors and plain data are refused before any code of theirs runs.
+
+    Raises:
+        CheckpointError: Missing, empty, cut off, of another kind, holding code, or without tensors.
+    """
+    path = Path(path)
+    head = _head_of(path)
+    try:
+        if head[8:9] == b"{":  # after the length of the header; a pickle cannot look so
+            found = load_file(path)
+        elif head[:2] == b"PK" or head[:1] == b"\x80":
+            found = _tensors_of(_torch_load(path, zipped=head[:2] == b"PK"), path)
+        else:
+            raise _rejected(path, "neither a safetensors nor a torch.save file", "weights_unknown")
+    except SafetensorError as error:
+        raise _rejected(path, f"cut off or damaged: {error}", "weights_truncated") from error
+    if not found:
+        raise _rejected(path, "it holds no tensors", "weights_without_tensors")
+    return found
+
+
+def _head_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(
+            "The weight file cannot be read.",
+            where=f"{path}: {error.strerror}",
+            fix="check the path; `medssl download` lists weights that can be fetched",
+            code="weights_missing",
+        ) from error
+    text = head.lstrip().lower()
+    if not head:
+        raise _rejected(path, "the file is empty", "weights_empty")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise _rejected(path, "it is a web page, not weights", "weights_html")
+    if text.startswith(b"version https://git-lfs"):
+        raise _rejected(path, "it is a Git LFS pointer, not the file itself", "weights_lfs_pointer")
+    return head
+
+
+def _torch_load(path: Path, *, zipped: bool) -> Any:
+    # argparse.Namespace is a plain record that many published checkpoints carry beside their tensors
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer pickle protocols are announced, then read or refused below
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:  # torch raises many kinds for a broken file; each becomes one clear refusal
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if "weights only" in first.lower() or "unsupported" in first.lower():
+                named = re.search(r"GLOBAL ([\w.]+)", str(error))
+                what = f"it holds pickled code{f' ({named[1]})' if named else ''}, which was not run"
+                raise _rejected(path, what, "weights_unsafe") from error
+            raise _rejected(path, f"cut off or damaged: {first[:200]}", "weights_truncated") from error
+
+
+def _tensors_of(data: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
+    """The tensors below the first known nest, or else those at the top."""
+    if not isinstance(data, Mapping):
+        raise _rejected(path, f"it holds a {type(data).__name__}, not named tensors", "weights_without_tensors")
+    for nest in _NESTS:
+        if isinstance(data.get(nest), Mapping) and depth < 4:
+            return _tensors_of(data[nest], path, depth + 1)
+    return {str(key): value for key, value in data.items() if isinstance(value, Tensor)}
+
+
+def _rejected(path: Path, why: str, code: str) -> CheckpointError:
+    fixes = {
+        "weights_unsafe": "take the weights as safetensors, or from a source that saved tensors only",
+        "weights_lfs_pointer": "fetch the file itself with `git lfs pull`",
+        "weights_without_tensors": "give a file that holds a state dict of tensors",
+    }
+    return CheckpointError(
+        "The weight file was rejected.",
+        where=f"{path}: {why}",
+        fix=fixes.get(code, "download it again and compare its size and SHA-256 with the source"),
+        code=code,
+    )
+
+
+# --- loading weights into a model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of the model and of the file.
+
+    Args:
+        matched: Names of the model that were filled.
+        missing: Names of the model that the file lacks; they keep their fresh values.
+        unexpected: Names of the file that the model lacks, such as foreign heads; ignored.
+        mismatched: Names with both shapes; never filled.
+        resized: Names that were interpolated to the model's grid, with both shapes; counted among ``matched``.
+        source: Where the tensors came from.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    resized: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def share(self) -> float:
+        """Share of the model's tensors that were filled."""
+        return len(self.matched) / max(len(self.matched) + len(self.missing) + len(self.mismatched), 1)
+
+    def lines(self) -> list[str]:
+        """The report in words, names included."""
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        head = f"{len(self.matched)} of {total} tensors loaded ({self.share:.1%})"
+        lines = [f"{head} from {self.source}" if self.source else head]
+        for label in ("resized", "missing", "mismatched", "unexpected"):
+            names = getattr(self, label)
+            if names:
+                lines.append(f"{label} {len(names)}: {_few(names)}")
+        return lines
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    minimum: float = 0.95,
+    force: bool = False,
+    source: str = "",
+    sequences: Sequence[str] | None = None,
+) -> LoadReport:
+    """Fill a model with tensors of a file, or leave it untouched.
+
+    Prefixes of wrappers (``module.``, ``backbone.``, ``student.``, ``teacher.``, …) are taken off, chunked block names
+    are made flat, stored positions are resized to the model's grid in the model's own way. When a file holds student
+    and teacher the teacher is taken.
+
+    Args:
+        model: A backbone or a head.
+        state: From ``read_weights``.
+        minimum: Least share of the model's tensors that must match.
+        force: Load what fits even below ``minimum`` or with wrong shapes.
+        source: Named in the report.
+        sequences: Names of the rows of the file's sequence embedding, when known: rows are then matched by name.
+
+    Raises:
+        CheckpointError: Too little matches, or a shape differs; the report stands in its *where*.
+    """
+    targets = {_flat_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    given = _plain_names(state, source)
+    _match_sequences(model, given, sequences)
+    resized = _resize_to(model, given)
+    mismatched = [
+        f"{name}: file {tuple(given[name].shape)}, model {tuple(target.shape)}"
+        for name, target in targets.items()
+        if name in given and given[name].shape != target.shape
+    ]
+    matched = [name for name, target in targets.items() if name in given and given[name].shape == target.shape]
+    report = LoadReport(
+        matched=tuple(matched),
+        missing=tuple(name for name in targets if name not in given),
+        unexpected=tuple(name for name in given if name not in targets),
+        mismatched=tuple(mismatched),
+        resized=tuple(resized),
+        source=source,
+    )
+    if (mismatched or report.share < minimum or not matched) and not (force and matched):
+        raise CheckpointError(
+            "The weights do not fit the model; nothing was loaded.",
+            where="\n".join(report.lines()),
+            fix=f"choose the architecture that the file was made for; at least {minimum:.0%} of the tensors must match",
+            code="weights_mismatch",
+        )
+    with torch.no_grad():
+        for name in matched:
+            targets[name].copy_(given[name])
+    for line in report.lines():
+        logger.info("%s", line)
+    return report
+
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+
+
+def _flat_name(name: str) -> str:
+    """Name of a block's tensor without its chunk: ``blocks.1.7.norm1.weight`` -> ``blocks.7.norm1.weight``."""
+    return _CHUNKED.sub(r"blocks.\1.", name)
+
+
+def _plain_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The same tensors under the names of a bare backbone or head."""
+    unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    for role in ("teacher.", "student."):
+        chosen = {name.removeprefix(role): t for name, t in unwrapped.items() if name.startswith(role)}
+        if chosen:
+            unwrapped = chosen
+            break
+    plain: dict[str, Tensor] = {}
+    for name, tensor in unwrapped.items():
+        flat = _flat_name(name.removeprefix("backbone."))
+        if flat in plain:
+            raise CheckpointError(
+                "Two tensors of the weight file have the same name.",
+                where=f"{source or 'weights'}: {name} and another are both {flat}",
+                fix="give a file of one network; chunks must number their blocks through",
+                code="weights_ambiguous",
+            )
+        plain[flat] = tensor
+    return plain
+
+
+def _match_sequences(model: nn.Module, given: dict[str, Tensor], names: Sequence[str] | None) -> None:
+    """Put the rows of the file's sequence embedding into the model's order, by name; new sequences keep theirs."""
+    own = getattr(model, "sequences", None)
+    table = given.get("seq_embed")
+    if names is None or own is None or table is None or tuple(names) == tuple(own):
+        return
+    rows = model.seq_embed.detach().clone().to(table.dtype)  # type: ignore[operator]
+    for index, name in enumerate(own):
+        if name in names:
+            rows[index] = table[list(names).index(name)]
+    given["seq_embed"] = rows
+
+
+def _resize_to(model: nn.Module, given: dict[str, Tensor]) -> list[str]:
+    """Interpolate stored positions to the model's grid; returns what was done."""
+    positions = given.get("pos_embed")
+    if not isinstance(model, VisionTransformer) or positions is None or positions.ndim != 3:
+        return []
+    have, want = positions.shape[1] - 1, model.pos_embed.shape[1] - 1
+    if have == want or have < 1 or math.isqrt(have) ** 2 != have:
+        return []
+    side, source_side = math.isqrt(want), math.isqrt(have)
+    patches = resize_positions(
+        positions[:, 1:],
+        (side, side),
+        offset=model.interpolate_offset,
+        antialias=model.interpolate_antialias,
+    )
+    given["pos_embed"] = torch.cat([positions[:, :1], patches], dim=1)
+    return [f"pos_embed: {source_side} x {source_side} to {side} x {side} positions"]
+
+
+def _few(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- our own backbone files ------------------------------------------------------------------------------------------
+
+
+def card_path(path: str | Path) -> Path:
+    """``X.json`` beside ``X.safetensors``."""
+    return Path(path).with_suffix(".json")
+
+
+def save_backbone(path: str | Path, model: VisionTransformer, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``X.safetensors`` and its card ``X.json``, each whole or not at all.
+
+    Args:
+        path: Ends in ``.safetensors``.
+        model: Its parameters are written as they are, in their own number type.
+        card: What a user of the features needs besides: normalisation, preprocessing, origin. Plain data.
+
+    Returns:
+        The whole card as written.
+
+    Raises:
+        ValueError: ``card`` uses a name that the card itself needs.
+        ResourceError: The disk is full; an older file of this name is as it was.
+    """
+    path = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    with atomic_path(path) as temporary, say_disk_errors(path, size):
+        save_file(state, temporary, metadata={"format": "pt"})
+        digest = sha256_of(temporary)
+    own = {
+        "schema_version": SCHEMA_VERSION,
+        "medssl_version": package_version(),
+        "kind": "backbone",
+        "arch": model.settings,
+        "sequences": None if model.sequences is None else list(model.sequences),
+        "img_size": model.img_size,
+        "patch_size": model.patch_size,
+        "embed_dim": model.embed_dim,
+        "interpolate_offset": model.interpolate_offset,
+        "interpolate_antialias": model.interpolate_antialias,
+        "weights": path.name,
+        "sha256": digest,
+        "n_parameters": sum(tensor.numel() for tensor in state.values()),
+        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+    }
+    taken = sorted(own.keys() & card.keys())
+    if taken:
+        raise ValueError(f"the card writes {', '.join(taken)} itself")
+    written = {**own, **card}
+    write_json(card_path(path), written)
+    return written
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card of a backbone file.
+
+    Raises:
+        CheckpointError: There is none, or it is not ours.
+    """
+    card = card_path(path)
+    try:
+        data = json.loads(card.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            "The weight file has no card.",
+            where=f"{card}: {error.strerror}",
+            fix="keep X.json beside X.safetensors; foreign weights go through `medssl convert weights` first",
+            code="card_missing",
+        ) from error
+    except ValueError as error:
+        raise _bad_card(card, f"not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != "backbone" or not isinstance(data.get("arch"), dict):
+        raise _bad_card(card, "it does not describe a backbone")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise _bad_card(card, f"schema {data.get('schema_version')!r}, this program knows {SCHEMA_VERSION}")
+    return data
+
+
+def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> tuple[VisionTransformer, dict[str, Any]]:
+    """The backbone of a file that ``save_backbone`` wrote, in evaluation mode, and its card.
+
+    Raises:
+        CheckpointError: File or card missing, altered since, or not of one make.
+    """
+    path = Path(path)
+    card = read_card(path)
+    state = read_weights(path)
+    digest = sha256_of(path)
+    if digest != card.get("sha256"):
+        raise CheckpointError(
+            "The weights are not the ones that the card describes.",
+            where=f"{path}: SHA-256 {digest[:16]}…, card {str(card.get('sha256'))[:16]}…",
+            fix="copy both files again; X.safetensors and X.json belong together",
+            code="weights_altered",
+        )
+    model = _empty_backbone(card["arch"], card_path(path))
+    _check_complete(model, state, path)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).to(device).eval(), card
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _empty_backbone(settings: Mapping[str, Any], card: Path) -> VisionTransformer:
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            return VisionTransformer(**settings)
+    except (TypeError, ValueError) as error:
+        raise _bad_card(card, f"its arch cannot be built: {error}") from error
+
+
+def _check_complete(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    report = LoadReport(
+        matched=tuple(name for name in own if name in state and own[name].shape == state[name].shape),
+        missing=tuple(name for name in own if name not in state),
+        unexpected=tuple(name for name in state if name not in own),
+        mismatched=tuple(name for name in own if name in state and own[name].shape != state[name].shape),
+        source=str(path),
+    )
+    if len(report.matched) != len(own) or report.unexpected:
+        raise CheckpointError(
+            "The weights are not those of the network that the card describes.",
+            where="\n".join(report.lines()),
+            fix="copy both files again, or use the file as foreign weights with --init",
+            code="weights_mismatch",
+        )
+
+
+def _bad_card(card: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        "The card of the weights was rejected.",
+        where=f"{card}: {why}",
+        fix="copy X.json again from the run that made X.safetensors",
+        code="card_invalid",
+    )

@@ -1,0 +1,577 @@
+"""``medssl check-data``: look at every case before a training does, and say what is wrong with each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl_cli.core.case import Case
+from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.run import (
+    claim_out_folder,
+    hide_home,
+    result_header,
+    to_json,
+    worker_count,
+    write_csv,
+    write_failures,
+    write_json,
+)
+from medssl_cli.core.volume import AXIAL, Volume
+from medssl_cli.data.checks import (
+    CaseRules,
+    CheckedCase,
+    Finding,
+    check_case,
+    check_case_folder,
+    check_channels,
+    check_duplicates,
+    check_labels,
+    check_splits,
+)
+from medssl_cli.data.manifest import (
+    PRETRAIN_SEQUENCES,
+    ROI_STEM,
+    Ids,
+    Kind,
+    Owner,
+    case_ids,
+    detect_kind,
+    label_id_column,
+    match_image_ids,
+    nearest_id,
+    read_ids,
+    read_image_cases,
+    read_labels,
+    read_owners,
+    read_table,
+    read_table_cases,
+)
+from medssl_cli.report.overlay import (
+    contour,
+    draw,
+    fitted,
+    jpeg_bytes,
+    montage,
+    percentile_window,
+    radiological,
+    window,
+)
+from medssl_cli.report.page import Html, Page, chip, escaped, image, joined, link, path_text
+from medssl_cli.services.worker_pool import ordered_map
+
+log = logging.getLogger(__name__)
+
+TASKS = ("pretrain", "images", "classify")
+LATER_TASKS = ("segment", "ct-pet", "coco")
+SEVERITIES = ("error", "warning", "info")
+THUMBNAIL_SIDE = 128
+MAX_CARDS = 400
+"""Cases shown with a picture: those with an error first, then the others, each in their order."""
+_SMALL = 4  # so few cases are done before a second process has started
+_SHOWN_CASES = 8
+_SPLIT_NAMES = ("train", "val", "test")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker looks at: a folder of a tree, or a case that is known already."""
+
+    case: Case
+    rules: CaseRules | None
+    root: Path
+    owners: Mapping[str, Owner]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What comes back of one case; small, whatever the case weighs."""
+
+    case: Case
+    findings: list[Finding]
+    digests: dict[str, str]
+    channels: int | None
+    thumbnail: bytes | None
+    shown: str
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """All findings of a run.
+
+    Args:
+        report: Contents of ``check_data.json``.
+        findings: In case order, those of the whole set last.
+        out: Where the files lie, if any were asked for.
+        on_error: ``stop`` or ``skip``.
+    """
+
+    report: dict[str, Any]
+    findings: list[Finding] = field(default_factory=list)
+    out: Path | None = None
+    on_error: str = "stop"
+
+    def to_json(self) -> str:
+        """One strict JSON document."""
+        return to_json(self.report)
+
+    def counts(self) -> list[tuple[str, str, int, int, Finding]]:
+        """(severity, code, findings, cases, first finding), worst first."""
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.severity, finding.code), []).append(finding)
+        rows = [(s, c, len(g), len({f.case_id for f in g}), g[0]) for (s, c), g in groups.items()]
+        return sorted(rows, key=lambda row: (SEVERITIES.index(row[0]), -row[3], row[1]))
+
+    def raise_if_bad(self) -> None:
+        """End with exit code 3 when there is an error; 4 when bad cases were to be skipped.
+
+        Raises:
+            DataError: There is an error.
+            PartialFailure: With ``on_error`` ``skip``, when every error belongs to one case and to no split.
+        """
+        errors = [f for f in self.findings if f.severity == "error"]
+        if not errors:
+            return
+        bad = {f.case_id for f in errors}
+        what = f"{len(errors)} errors in {len(bad)} of {self.report['n_cases']} cases."
+        where = "\n".join(f"{f.case_id or 'the data set'}: {f.code}" for f in errors[:8])
+        more = f"\nand {len(errors) - 8} more" if len(errors) > 8 else ""
+        skippable = all(f.case_id and not f.code.endswith("_across_splits") for f in errors)
+        if self.on_error == "skip" and skippable and len(bad) < self.report["n_cases"]:
+            fix = "failures.csv lists them; train on the others with --split-csv and the file of --fix-csv"
+            raise PartialFailure(what, where=where + more, fix=fix, code="check_failed")
+        fix = "mend the files, or write a CSV without these cases with --fix-csv FILE"
+        raise DataError(what, where=where + more, fix=fix, code="check_failed")
+
+
+def check_data(
+    source: Path,
+    *,
+    task: str | None = None,
+    sequences: tuple[str, ...] = PRETRAIN_SEQUENCES,
+    split_csv: Sequence[Path] = (),
+    labels: Path | None = None,
+    target: str | None = None,
+    roi: str = ROI_STEM,
+    min_roi_pixels: int = 1,
+    missing_allowed: bool = False,
+    out: Path | None = None,
+    fix_csv: Path | None = None,
+    overwrite: bool = False,
+    on_error: str = "stop",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Read every case of a tree or table and collect findings; nothing in ``source`` is changed.
+
+    Args:
+        source: Case tree, image tree or series table.
+        task: ``pretrain``, ``images`` or ``classify``; None takes ``images`` for an image tree, else ``pretrain``.
+        sequences: Sequences of each case, the first is the reference grid.
+        split_csv: CSVs of ids, or folders that hold train.csv, val.csv, test.csv; each file is a split of that name.
+        labels, target: CSV and column of the labels, for ``classify``.
+        roi: Stem of the mask.
+        min_roi_pixels: Smallest mask, in pixels of its largest slice.
+        missing_allowed: A missing sequence is a warning.
+        out: Folder for check_data.json, check_data.html and failures.csv.
+        fix_csv: CSV to write with the cases that have no error.
+        overwrite: Replace what lies in ``out``.
+        on_error: ``stop`` ends with exit code 3 when there is an error, ``skip`` with 4.
+        workers: Processes; None as many as the machine has CPUs, less one.
+        progress: Called with (done, all).
+
+    Raises:
+        ConfigError: A task that is not built, or options that do not fit it.
+        DataError: Nothing to check, unreadable tables, unknown ids.
+    """
+    started = time.time()
+    kind = detect_kind(source)
+    task = _checked_task(task, kind, labels)
+    if not sequences:
+        raise ConfigError(
+            "No sequence is named.", where="--sequences", fix="e.g. ax_t2wi,ax_adc,ax_dwi", code="sequences"
+        )
+    splits = _read_splits(split_csv)
+    if fix_csv is not None and len(splits) > 1 and len(split_csv) > 1:
+        raise ConfigError(
+            "One file cannot replace several.",
+            where="--fix-csv with several --split-csv",
+            fix="run once for each split",
+            code="fix_csv_many",
+        )
+    if out is not None:
+        claim_out_folder(out, "check-data", overwrite=overwrite)
+    rules = CaseRules(sequences, roi, min_roi_pixels, missing_allowed)
+    jobs, findings = _plan(source, kind, rules, splits)
+    findings += _label_findings(source, kind, task, labels, target, jobs)
+    page = _Gallery()
+    cases, kept, channels = [], [], {}
+    with ordered_map(worker_count(workers) if len(jobs) > _SMALL else 1) as ordered:
+        for done, looked in enumerate(ordered(look, jobs), start=1):
+            kept += looked.findings
+            cases.append((looked.case, looked.digests))
+            if looked.channels is not None:
+                channels[looked.case.case_id] = looked.channels
+            if out is not None:
+                page.add(looked)
+            if progress is not None:
+                progress(done, len(jobs))
+    kept += [*findings, *check_channels(channels), *check_duplicates(cases)]
+    shown = [replace(f, path=hide_home(f.path), message=hide_home(f.message)) for f in kept]
+    report = _report(started, source, task, sequences if kind == "cases" else (), splits, jobs, shown)
+    result = CheckResult(report, shown, out, on_error)
+    if fix_csv is not None:
+        _write_fixed(fix_csv, source, kind, split_csv, jobs, shown)
+    if out is not None:
+        write_json(out / "check_data.json", report)
+        write_failures(
+            out / "failures.csv", [(f.case_id, f.path, f.message, f.fix) for f in shown if f.severity == "error"]
+        )
+        page.write(out / "check_data.html", result)
+    return result
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def _checked_task(task: str | None, kind: Kind, labels: Path | None) -> str:
+    if task is None:
+        return "classify" if labels is not None else "images" if kind == "images" else "pretrain"
+    if task in LATER_TASKS:
+        raise ConfigError(
+            f"The checks of {task!r} are not part of this version.",
+            where=f"--task {task}",
+            fix=f"check what there is: {', '.join(TASKS)}",
+            code="task_unbuilt",
+        )
+    if task not in TASKS:
+        near = nearest_id(task, TASKS)
+        raise ConfigError(
+            f"There is no task {task!r}{near}.", where="--task", fix=f"one of {', '.join(TASKS)}", code="task_unknown"
+        )
+    if (task, kind) in (("pretrain", "images"), ("images", "cases")):
+        other = "images" if kind == "images" else "pretrain"
+        raise ConfigError(
+            f"The task {task!r} does not fit a tree of {kind}.", where="--task", fix=f"--task {other}", code="task_kind"
+        )
+    if task == "classify" and labels is None and kind == "cases":
+        raise ConfigError(
+            "Nothing tells the labels.", where="--task classify", fix="pass --labels CSV", code="labels_missing"
+        )
+    return task
+
+
+def _read_splits(paths: Sequence[Path]) -> dict[str, tuple[Path, Ids]]:
+    """Ids by split; the siblings train.csv, val.csv and test.csv of a named file are read for overlap as well."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        named = (
+            [path / f"{name}.csv" for name in _SPLIT_NAMES if (path / f"{name}.csv").is_file()]
+            if path.is_dir()
+            else [path]
+        )
+        if not named:
+            raise DataError(
+                "The folder holds no split.",
+                where=str(path),
+                fix="it should hold train.csv, val.csv, test.csv",
+                code="ids_none",
+            )
+        for file in named:
+            if file.stem in files:
+                raise ConfigError(
+                    "Two splits have one name.", where=str(file), fix="rename one file", code="split_name"
+                )
+            files[file.stem] = file
+    return {name: (path, read_ids(path)) for name, path in files.items()}
+
+
+def _siblings(splits: Mapping[str, tuple[Path, Ids]]) -> dict[str, tuple[Path, Ids]]:
+    """train.csv, val.csv and test.csv beside the files of ``splits``, which were not named."""
+    found: dict[str, tuple[Path, Ids]] = {}
+    for path, _ in splits.values():
+        for name in _SPLIT_NAMES:
+            beside = path.with_name(f"{name}.csv")
+            if path.stem in _SPLIT_NAMES and name not in splits and beside.is_file():
+                table = read_table(beside)
+                if table.rows:
+                    found[name] = (beside, read_ids(beside))
+    return found
+
+
+def _plan(
+    source: Path, kind: Kind, rules: CaseRules, splits: Mapping[str, tuple[Path, Ids]]
+) -> tuple[list[Job], list[Finding]]:
+    """The cases to look at, and what can be found without looking."""
+    owners = read_owners(source) if kind == "cases" else {}
+    split_of = {case_id: name for name, (_, ids) in splits.items() for case_id in ids.ids}
+    every = {**splits, **_siblings(splits)}
+    if kind == "cases":
+        ids = sorted(split_of) if splits else case_ids(source)
+        cases = [
+            Case(name, owners[name].patient_id if name in owners else name, split=split_of.get(name, ""))
+            for name in ids
+        ]
+        patients = {name: owner.patient_id or name for name, owner in owners.items()}
+        return [Job(case, rules, source, owners) for case in cases], check_splits(every, patients)
+    if kind == "images":
+        cases = _image_cases(source, splits)
+        return [Job(case, None, source, {}) for case in cases], check_splits(
+            every, {c.case_id: c.patient_id for c in cases}
+        )
+    cases = read_table_cases(source)
+    if splits:
+        cases = [
+            replace(case, split=split_of.get(case.case_id) or split_of[case.patient_id])
+            for case in cases
+            if case.case_id in split_of or case.patient_id in split_of
+        ]
+    return [Job(case, None, source.parent, {}) for case in cases], check_splits(every, {})
+
+
+def _image_cases(source: Path, splits: Mapping[str, tuple[Path, Ids]]) -> list[Case]:
+    if not splits:
+        return read_image_cases(source)
+    return [case for name, (path, _) in splits.items() for case in read_image_cases(source, split_csv=path, split=name)]
+
+
+def _label_findings(
+    source: Path, kind: Kind, task: str, labels: Path | None, target: str | None, jobs: Sequence[Job]
+) -> list[Finding]:
+    if task != "classify":
+        return []
+    ids = [job.case.case_id for job in jobs]
+    if labels is None:
+        return check_labels({job.case.case_id: job.case.label for job in jobs}, source)
+    of_images = kind == "images"
+    table = read_table(labels)
+    column = target or _only_target(labels, table.header, label_id_column(table, of_images=of_images))
+    found = read_labels(labels, column, of_images=of_images)
+    given = match_image_ids(source, found, ids) if of_images else {name: name for name in ids}
+    return check_labels({name: found.get(given.get(name, ""), "") for name in ids}, labels)
+
+
+def _only_target(path: Path, header: Sequence[str], id_column: str) -> str:
+    others = [name for name in header if name != id_column]
+    if "label" in others:
+        return "label"
+    if len(others) != 1:
+        raise ConfigError(
+            "Which column is the label?",
+            where=f"{path}: {', '.join(others)}",
+            fix="pass --target COLUMN",
+            code="target_missing",
+        )
+    return others[0]
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def look(job: Job) -> Looked:
+    """Check one case and draw its thumbnail; runs in a worker."""
+    if job.rules is None:
+        checked = check_case(job.case)
+    else:
+        checked = check_case_folder(job.root, job.case.case_id, job.rules, owners=job.owners, split=job.case.split)
+    pictures = list(checked.pictures.values())
+    return Looked(
+        case=checked.case,
+        findings=checked.findings,
+        digests=checked.digests,
+        channels=pictures[0].shape[0] if pictures else None,
+        thumbnail=_thumbnail(checked),
+        shown=", ".join([*checked.volumes, *checked.pictures]),
+    )
+
+
+def _thumbnail(checked: CheckedCase) -> bytes | None:
+    """JPEG of all sequences side by side: the slice with most ROI, or the middle one; None if nothing is readable."""
+    tiles = [_picture_tile(picture) for picture in checked.pictures.values()]
+    volumes = {name: volume.reoriented("RAS") for name, volume in checked.volumes.items() if volume.array.ndim == 3}
+    roi = None if checked.roi is None else checked.roi.reoriented("RAS")
+    tiles += [_volume_tile(volume, roi) for volume in volumes.values()]
+    return jpeg_bytes(montage(tiles)) if tiles else None
+
+
+def _volume_tile(volume: Volume, roi: Volume | None) -> np.ndarray:
+    same = roi is not None and roi.grid_difference(volume, 0.1) is None
+    areas = (roi.array > 0).sum(axis=(1, 2)) if roi is not None and same else np.zeros(1)
+    index = int(areas.argmax()) if areas.any() else volume.shape[0] // 2
+    plane = np.take(volume.array, index, axis=AXIAL)
+    spacing = (volume.spacing.y, volume.spacing.x)
+    picture = fitted(window(radiological(plane), *percentile_window(plane)), THUMBNAIL_SIDE, spacing)
+    if roi is None or not areas.any():
+        return picture
+    mask = window(radiological(roi.array[index] > 0), 0, 1)
+    return draw(picture, contour(fitted(mask, THUMBNAIL_SIDE, spacing, smooth=False)[..., 0] > 0))
+
+
+def _picture_tile(image_CHW: np.ndarray) -> np.ndarray:
+    if image_CHW.shape[0] == 3 and image_CHW.dtype == np.uint8:
+        return fitted(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), THUMBNAIL_SIDE)
+    grey = image_CHW.mean(axis=0)
+    return fitted(window(grey, float(grey.min()), float(grey.max())), THUMBNAIL_SIDE)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    started: float,
+    source: Path,
+    task: str,
+    sequences: Sequence[str],
+    splits: Mapping[str, tuple[Path, Ids]],
+    jobs: Sequence[Job],
+    findings: Sequence[Finding],
+) -> dict[str, Any]:
+    bad = _bad_cases(findings)
+    lists = {s: [_entry(f) for f in findings if f.severity == s] for s in SEVERITIES}
+    return {
+        **result_header("check-data", started),
+        "source": hide_home(str(source)),
+        "task": task,
+        "sequences": list(sequences),
+        "splits": {name: len(ids.ids) for name, (_, ids) in splits.items()},
+        "n_cases": len(jobs),
+        "n_ok": sum(job.case.case_id not in bad for job in jobs),
+        "errors": lists["error"],
+        "warnings": lists["warning"],
+        "infos": lists["info"],
+    }
+
+
+def _entry(finding: Finding) -> dict[str, str]:
+    entry = asdict(finding)
+    del entry["severity"]
+    return entry
+
+
+def _bad_cases(findings: Sequence[Finding]) -> set[str]:
+    return {f.case_id for f in findings if f.severity == "error"}
+
+
+def _write_fixed(
+    path: Path, source: Path, kind: Kind, split_csv: Sequence[Path], jobs: Sequence[Job], findings: Sequence[Finding]
+) -> None:
+    """The rows without error: of the one split CSV or the table as they were, else a column ``patient_id``."""
+    bad = _bad_cases(findings)
+    good = [job.case.case_id for job in jobs if job.case.case_id not in bad]
+    origin = split_csv[0] if len(split_csv) == 1 and split_csv[0].is_file() else source if kind == "table" else None
+    if not good:
+        log.warning("%s is not written: no case is without error", path)
+        return
+    if origin is None or origin.suffix.lower() == ".txt":
+        write_csv(path, ("patient_id",), ((name,) for name in good))
+        return
+    table = read_table(origin)
+    if origin == source:
+        names = [case.case_id for case in read_table_cases(source)]
+    else:
+        names = table.column(read_ids(origin).column)
+    write_csv(
+        path, table.header, (row for row, name in zip(table.rows, names, strict=True) if _is_good(name, bad, kind))
+    )
+
+
+def _is_good(name: str, bad: set[str], kind: Kind) -> bool:
+    if kind != "images":
+        return name not in bad
+    return not any(case_id == name or case_id.endswith(f"/{name}") or name.endswith(f"/{case_id}") for case_id in bad)
+
+
+class _Gallery:
+    """Cards of the page, collected while cases come in; bounded, so that a large cohort keeps a readable page."""
+
+    def __init__(self) -> None:
+        self._cards: list[tuple[str, Html, bool]] = []
+        self._left_out = 0
+
+    def add(self, looked: Looked) -> None:
+        """Keep the card of a case; beyond ``MAX_CARDS`` a case without error gives way to one with."""
+        bad = any(f.severity == "error" for f in looked.findings)
+        if len(self._cards) >= MAX_CARDS:
+            self._left_out += 1
+            fine = next((i for i in reversed(range(len(self._cards))) if not self._cards[i][2]), None)
+            if not bad or fine is None:
+                return
+            del self._cards[fine]
+        self._cards.append((looked.case.case_id, _card(looked), bad))
+
+    def write(self, path: Path, result: CheckResult) -> None:
+        """The whole page: numbers, findings by kind, errors and warnings one by one, cases with pictures."""
+        r = result.report
+        n_bad = r["n_cases"] - r["n_ok"]
+        verdict = "No error was found." if not r["errors"] else f"{n_bad} of {r['n_cases']} cases have an error."
+        page = Page(f"Data check of {Path(r['source']).name}", lead=verdict)
+        page.facts(
+            {
+                "Source": r["source"],
+                "Task": r["task"],
+                "Sequences": ", ".join(r["sequences"]) or None,
+                "Cases": r["n_cases"],
+                "Cases without error": r["n_ok"],
+                "Errors, warnings, notes": f"{len(r['errors'])}, {len(r['warnings'])}, {len(r['infos'])}",
+            }
+        )
+        cards = sorted(self._cards, key=lambda card: not card[2])
+        anchors = {case_id: f"case-{i}" for i, (case_id, _, _) in enumerate(cards)}
+        page.heading("Findings by kind")
+        rows = [(chip(s, s), code, n, cases, first.message) for s, code, n, cases, first in result.counts()]
+        page.table(("Severity", "Code", "Findings", "Cases", "For example"), rows)
+        serious = [f for f in result.findings if f.severity != "info"]
+        if serious:
+            page.heading("Errors and warnings")
+            page.table(
+                ("Severity", "Case", "What", "File", "How to mend it"), [_row(g, anchors) for g in _alike(serious)]
+            )
+        page.heading("Cases")
+        page.text("Slices as radiologists look at them: the patient's right is on the left. The line is the ROI.")
+        if self._left_out:
+            page.note(f"{self._left_out} cases without room here are in check_data.json.", "info")
+        page.cards((anchors[case_id], content) for case_id, content, _ in cards)
+        page.write(path)
+
+
+def _alike(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings with the same words in one row, worst first."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for f in findings:
+        groups.setdefault((f.severity, f.code, f.message, f.fix), []).append(f)
+    return sorted(groups.values(), key=lambda group: SEVERITIES.index(group[0].severity))
+
+
+def _row(group: Sequence[Finding], anchors: Mapping[str, str]) -> tuple[str, ...]:
+    first = group[0]
+    ids = list(dict.fromkeys(f.case_id for f in group))
+    places = [link(i, anchors[i]) if i in anchors else escaped(i) for i in ids[:_SHOWN_CASES]]
+    more = f" and {len(ids) - _SHOWN_CASES} more" if len(ids) > _SHOWN_CASES else ""
+    what = joined([Html(f"<code>{escaped(first.code)}</code>"), first.message], Html("<br>"))
+    files = joined([path_text(first.path), f"and {len(group) - 1} more"] if len(group) > 1 else [path_text(first.path)])
+    return chip(first.severity, first.severity), joined([joined(places, ", "), more], ""), what, files, first.fix
+
+
+def _card(looked: Looked) -> Html:
+    counts: Counter[str] = Counter(f.severity for f in looked.findings)
+    chips = [chip(f"{counts[s]} {s}{'s' * (counts[s] > 1)}", s) for s in SEVERITIES if counts[s]]
+    if not counts["error"]:
+        chips.insert(0, chip("ok", "ok"))
+    parts = [Html(f"<h3>{escaped(looked.case.case_id)}</h3>")]
+    if looked.thumbnail is not None:
+        parts.append(image(looked.thumbnail, f"{looked.shown} of {looked.case.case_id}"))
+        parts.append(Html(f"<p>{escaped(looked.shown)}</p>"))
+    else:
+        parts.append(Html("<p>nothing readable to show</p>"))
+    parts.append(Html(f"<p>{joined(chips)}</p>"))
+    return joined(parts, "")

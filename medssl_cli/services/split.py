@@ -1,0 +1,375 @@
+"""``medssl split``: who is for training, who for validation, who for the test; patients stay together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medssl_cli.core.errors import ConfigError, DataError
+from medssl_cli.core.run import claim_out_folder, hide_home, result_header, to_json, write_csv, write_json, write_text
+from medssl_cli.data.manifest import (
+    Table,
+    case_ids,
+    detect_kind,
+    filled_column,
+    groups_by_pattern,
+    label_id_column,
+    match_image_ids,
+    nearest_id,
+    patient_of,
+    read_ids,
+    read_image_cases,
+    read_owners,
+    read_table,
+    row_ids,
+    say_some,
+    split_digest,
+)
+from medssl_cli.data.split import DEFAULT_RATIOS, SPLITS, Item, check_ratios, fold_items, prevalence, split_items
+
+log = logging.getLogger(__name__)
+
+MAX_CLASSES = 20
+"""A column with more values, and one for every fifth case, is a measurement and no class."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is split.
+
+    Args:
+        items: One for each case, image or row, in the order of the source.
+        level: What the groups are: ``patient_id``, ``study_uid``, ``case``, a column or a pattern.
+        header, rows: What is written of each item; rows by item id.
+        notes: What a reader should know.
+    """
+
+    items: tuple[Item, ...]
+    level: str
+    header: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What was written where.
+
+    Args:
+        out: The folder.
+        report: Contents of ``split_summary.json``.
+    """
+
+    out: Path
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        r = self.report
+        lines = [f"{r['n_items']} cases in {r['n_groups']} groups, kept together by {r['group_by']}; seed {r['seed']}"]
+        for name, part in r["splits"].items():
+            shares = ", ".join(f"{k} {100 * v:.1f} %" for k, v in (part["prevalence"] or {}).items() if v is not None)
+            lines.append(f"  {name:<6}{part['n_items']:>7} cases {part['n_groups']:>7} groups   {shares}".rstrip())
+        lines += [f"note: {note}" for note in r["notes"]]
+        folds = f", fold_0 to fold_{r['folds'] - 1} and splits_final.json" if r["folds"] else ""
+        return "\n".join([*lines, f"written to {self.out}: train.csv, val.csv, test.csv{folds}, split_summary.json"])
+
+    def to_json(self) -> str:
+        """One strict JSON document."""
+        return to_json(self.report)
+
+
+def split(
+    source: Path,
+    out: Path,
+    *,
+    ratios: tuple[float, float, float] = DEFAULT_RATIOS,
+    seed: int = 42,
+    folds: int | None = None,
+    group_by: str | None = None,
+    group_pattern: str | None = None,
+    stratify: str | None = None,
+    labels: Path | None = None,
+    overwrite: bool = False,
+) -> SplitResult:
+    """Split a case tree, an image tree or a table, and write ids and a summary.
+
+    Args:
+        source: What to split.
+        out: Folder for ``train.csv``, ``val.csv``, ``test.csv`` and ``split_summary.json``.
+        ratios: Shares of train, val and test.
+        seed: Of the draw.
+        folds: Also ``fold_k/`` over train and val; the test part stays out of every fold.
+        group_by: Column that tells the group, of the table itself, of ``labels`` or of ``cases.csv``.
+        group_pattern: Regular expression that takes the group from a name.
+        stratify: Column or columns, joined by commas, whose classes are spread evenly.
+        labels: CSV with an id column for a tree.
+        overwrite: Replace what lies in ``out``.
+
+    Raises:
+        ConfigError: Contradicting options.
+        DataError: Unreadable source, unknown columns, too few groups.
+    """
+    started = time.time()
+    check_ratios(ratios)
+    if group_by and group_pattern:
+        raise ConfigError(
+            "Groups come from a column or from a pattern, not from both.",
+            where="--group-by and --group-pattern",
+            fix="leave one of them out",
+            code="group_twice",
+        )
+    what = _read_source(source, group_by, group_pattern, stratify, labels)
+    parts = split_items(what.items, ratios, seed)
+    pairs = _folds(what, parts, folds, seed)
+    claim_out_folder(out, "split", overwrite=overwrite)
+    _write(out, what, parts, pairs)
+    report = {
+        **result_header("split", started),
+        "source": hide_home(str(source)),
+        **_facts(out, what, parts),
+        "ratios": list(ratios),
+        "seed": seed,
+        "stratify": stratify,
+        "folds": len(pairs),
+        "folds_cover": "train and val" if pairs else None,
+    }
+    write_json(out / "split_summary.json", report)
+    return SplitResult(out, report)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_source(
+    source: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+) -> Source:
+    kind = detect_kind(source)
+    if kind == "table":
+        return _of_table(source, group_by, pattern, stratify, labels)
+    return (
+        _of_cases(source, group_by, pattern, stratify, labels)
+        if kind == "cases"
+        else _of_images(source, group_by, pattern, stratify, labels)
+    )
+
+
+def _of_table(
+    source: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+) -> Source:
+    if labels is not None:
+        raise ConfigError(
+            "A table has its labels in itself.",
+            where=f"--labels {labels}",
+            fix="name a column of the table with --stratify",
+            code="labels_unused",
+        )
+    table = read_table(source)
+    ids = row_ids(table)
+    groups, level = patient_of(table) if not group_by and not pattern else (ids, "case")
+    if group_by:
+        groups, level = filled_column(table, group_by), group_by
+    if pattern:
+        found = groups_by_pattern(ids, pattern)
+        groups, level = [found[name] for name in ids], f"pattern {pattern}"
+    strata = _strata_of_table(table, stratify)
+    items = tuple(Item(name, g, s) for name, g, s in zip(ids, groups, strata, strict=True))
+    return Source(items, level, table.header, dict(zip(ids, table.rows, strict=True)))
+
+
+def _of_cases(
+    root: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+) -> Source:
+    ids = case_ids(root)
+    owners = read_owners(root)
+    table = _labels_table(root, labels, "cases")
+    groups, level = dict(zip(ids, ids, strict=True)), "case"
+    if group_by:
+        groups, level = _column_for(ids, table, group_by, dict(zip(ids, ids, strict=True)), of_images=False), group_by
+    elif pattern:
+        groups, level = groups_by_pattern(ids, pattern), f"pattern {pattern}"
+    elif any(name in owners and owners[name].patient_id for name in ids):
+        groups, level = (
+            {name: owners[name].patient_id or name if name in owners else name for name in ids},
+            "patient_id",
+        )
+    elif any(name in owners and owners[name].study_uid for name in ids):
+        groups, level = {name: owners[name].study_uid or name if name in owners else name for name in ids}, "study_uid"
+    strata = _strata_of_tree(ids, table, stratify, dict(zip(ids, ids, strict=True)), of_images=False)
+    items = tuple(Item(name, groups[name], strata[name]) for name in ids)
+    return Source(items, level, ("patient_id",), {name: (name,) for name in ids}, _unowned(ids, owners, level))
+
+
+def _unowned(ids: Sequence[str], owners: Mapping[str, Any], level: str) -> tuple[str, ...]:
+    alone = [name for name in ids if name not in owners] if level in ("patient_id", "study_uid") else []
+    return (
+        f"{len(alone)} cases are not in cases.csv and count as patients of their own: {say_some(alone, 3)}",
+    ) * bool(alone)
+
+
+def _of_images(
+    root: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+) -> Source:
+    cases = read_image_cases(root)
+    ids = [case.case_id for case in cases]
+    table = _labels_table(root, labels, "images")
+    given = _image_keys(root, table, ids)
+    groups, level = dict(zip(ids, ids, strict=True)), "case"
+    if group_by:
+        groups, level = _column_for(ids, table, group_by, given, of_images=True), group_by
+    elif pattern:
+        groups, level = groups_by_pattern(ids, pattern), f"pattern {pattern}"
+    elif table is not None and patient_of(table)[1] == "patient_id":
+        column = next(c for c in table.header if table.column(c) == patient_of(table)[0])
+        groups, level = _column_for(ids, table, column, given, of_images=True), column
+    folder_labels = {case.case_id: case.label for case in cases}
+    if stratify == "label" and table is None and any(folder_labels.values()):
+        strata = {name: (f"label={label}",) for name, label in folder_labels.items()}
+    else:
+        strata = _strata_of_tree(ids, table, stratify, given, of_images=True)
+    items = tuple(Item(name, groups[name], strata[name]) for name in ids)
+    before = {case.split for case in cases} - {""}
+    notes = (f"the folders {', '.join(sorted(before))} of the tree were not taken as a split",) * bool(before)
+    if level == "case":
+        return Source(items, level, ("patient_id",), {name: (name,) for name in ids}, notes)
+    return Source(items, level, ("patient_id", "group"), {name: (name, groups[name]) for name in ids}, notes)
+
+
+def _labels_table(root: Path, labels: Path | None, kind: str) -> Table | None:
+    if labels is not None:
+        return read_table(labels)
+    own = root / "cases.csv"
+    return read_table(own) if kind == "cases" and own.is_file() else None
+
+
+def _image_keys(root: Path, table: Table | None, ids: Sequence[str]) -> dict[str, str]:
+    """{image: its id in the labels table}."""
+    if table is None:
+        return {}
+    return match_image_ids(root, dict.fromkeys(table.column(label_id_column(table, of_images=True)), ""), ids)
+
+
+def _column_for(
+    ids: Sequence[str], table: Table | None, column: str, given: Mapping[str, str], *, of_images: bool
+) -> dict[str, str]:
+    """Cell of ``column`` for each id, which the table calls ``given[id]``.
+
+    Raises:
+        ConfigError: There is no table that could have the column.
+        DataError: No such column, or ids without a row.
+    """
+    if table is None:
+        raise ConfigError(
+            f"Nothing tells the column {column!r} of this tree.",
+            where=f"--group-by or --stratify {column}",
+            fix="pass --labels with a CSV that has an id column and this one",
+            code="labels_missing",
+        )
+    cells = dict(zip(table.column(label_id_column(table, of_images=of_images)), table.column(column), strict=True))
+    lost = [name for name in ids if given.get(name, "") not in cells]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(ids)} cases have no row in the labels.",
+            where=f"{table.path}: " + ", ".join(f"{n!r}{nearest_id(n, list(cells))}" for n in lost[:5]),
+            fix="add the rows; ids must equal the names of folders or images",
+            code="label_missing",
+        )
+    return {name: cells[given[name]] for name in ids}
+
+
+def _strata_of_table(table: Table, stratify: str | None) -> list[tuple[str, ...]]:
+    names = _columns(stratify)
+    columns = [table.column(name) for name in names]
+    _check_classes(names, columns)
+    return [tuple(f"{n}={v}" for n, v in zip(names, row, strict=True)) for row in zip(*columns, strict=True)] or [
+        () for _ in table.rows
+    ]
+
+
+def _strata_of_tree(
+    ids: Sequence[str], table: Table | None, stratify: str | None, given: Mapping[str, str], *, of_images: bool
+) -> dict[str, tuple[str, ...]]:
+    names = _columns(stratify)
+    found = [_column_for(ids, table, name, given, of_images=of_images) for name in names]
+    _check_classes(names, [list(cells.values()) for cells in found])
+    return {key: tuple(f"{n}={cells[key]}" for n, cells in zip(names, found, strict=True)) for key in ids}
+
+
+def _columns(stratify: str | None) -> list[str]:
+    return [name.strip() for name in (stratify or "").split(",") if name.strip()]
+
+
+def _check_classes(names: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
+    for name, cells in zip(names, columns, strict=True):
+        values = set(cells)
+        if len(values) > max(MAX_CLASSES, len(cells) // 5):
+            raise DataError(
+                f"The column {name!r} has {len(values)} values in {len(cells)} cases: it cannot be spread evenly.",
+                where=f"values such as {say_some(sorted(values), 3)}",
+                fix="name a column of few classes, or make one of ranges",
+                code="stratify_values",
+            )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _folds(
+    what: Source, parts: Mapping[str, Sequence[str]], folds: int | None, seed: int
+) -> list[dict[str, list[str]]]:
+    if folds is None:
+        return []
+    development = {*parts["train"], *parts["val"]}
+    return fold_items([item for item in what.items if item.item_id in development], folds, seed)
+
+
+def _write(
+    out: Path, what: Source, parts: Mapping[str, Sequence[str]], pairs: Sequence[Mapping[str, Sequence[str]]]
+) -> None:
+    for stale in out.iterdir():
+        if stale.is_dir() and re.fullmatch(r"fold_\d+", stale.name):
+            shutil.rmtree(stale)
+    (out / "splits_final.json").unlink(missing_ok=True)
+    for name in SPLITS:
+        _write_ids(out / f"{name}.csv", what, parts[name])
+    for k, pair in enumerate(pairs):
+        for name, ids in pair.items():
+            _write_ids(out / f"fold_{k}" / f"{name}.csv", what, ids)
+    if pairs:
+        write_text(out / "splits_final.json", json.dumps(list(pairs), indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_ids(path: Path, what: Source, ids: Sequence[str]) -> None:
+    """Rows of a tree sorted by id, rows of a table in the order of the table."""
+    wanted = set(ids)
+    write_csv(path, what.header, (what.rows[item.item_id] for item in what.items if item.item_id in wanted))
+
+
+def _facts(out: Path, what: Source, parts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    group_of = {item.item_id: item.group for item in what.items}
+    splits = {}
+    for name, ids in parts.items():
+        written = read_ids(out / f"{name}.csv").ids if ids else ()
+        splits[name] = {
+            "n_items": len(ids),
+            "n_groups": len({group_of[i] for i in ids}),
+            "prevalence": prevalence(what.items, ids) or None,
+            "sha256": split_digest(written),
+        }
+    return {
+        "group_by": what.level,
+        "n_items": len(what.items),
+        "n_groups": len(set(group_of.values())),
+        "counts": {name: len(ids) for name, ids in parts.items()},
+        "prevalence": {name: part["prevalence"] for name, part in splits.items()},
+        "sha256": {name: part["sha256"] for name, part in splits.items()},
+        "splits": splits,
+        "notes": list(what.notes),
+    }

@@ -1,0 +1,250 @@
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from medssl_cli.app import app
+from medssl_cli.core.volume import Volume
+from medssl_cli.data.images import write_image, write_volume
+from medssl_cli.data.manifest import read_ids
+
+AFFINE = np.diag([0.5, 0.5, 1.0, 1.0])
+
+
+def medssl(*words: object) -> tuple[int, str, str]:
+    answer = CliRunner().invoke(app, ["check-data", *map(str, words)])
+    return answer.exit_code, answer.stdout, answer.stderr
+
+
+def tree(root: Path, *ids: str) -> Path:
+    for n, case_id in enumerate(ids):
+        (root / case_id).mkdir(parents=True)
+        for i, stem in enumerate(("ax_t2wi", "ax_adc", "ax_dwi_b1400")):
+            array = np.random.default_rng([n, i]).integers(0, 900, (4, 16, 16)).astype(np.int16)
+            write_volume(root / case_id / f"{stem}.nii.gz", Volume(array, AFFINE))
+        mask = np.zeros((4, 16, 16), np.uint8)
+        mask[2, 4:9, 5:12] = 1
+        write_volume(root / case_id / "roi_Prostate.nii.gz", Volume(mask, AFFINE))
+    return root
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "check_data.json").read_text())
+
+
+def test_clean_tree(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b")
+    code, out, err = medssl(root, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "2 of 2 cases without error (pretrain)" in out
+    found = report(tmp_path / "out")
+    assert (found["n_cases"], found["n_ok"], found["errors"], found["warnings"]) == (2, 2, [], [])
+    assert {entry["code"] for entry in found["infos"]} == {"dwi_choice"}
+    assert set(found["infos"][0]) == {"code", "case_id", "path", "message", "fix"}
+    assert {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"} <= set(found)
+    html = (tmp_path / "out/check_data.html").read_text()
+    assert html.count("data:image/jpeg") == 2
+    assert not (tmp_path / "out/failures.csv").exists()
+
+
+def test_errors_give_exit_3_after_everything_is_written(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b", "c")
+    (root / "a/ax_adc.nii.gz").write_bytes(b"")
+    (root / "b/ax_t2wi.nii.gz").unlink()
+    code, out, err = medssl(root, "--out", tmp_path / "out", "--fix-csv", tmp_path / "good.csv")
+    assert code == 3
+    assert "error file_empty a: " in out
+    assert "2 errors in 2 of 3 cases" in err
+    found = report(tmp_path / "out")
+    assert [(e["code"], e["case_id"]) for e in found["errors"]] == [("file_empty", "a"), ("sequence_missing", "b")]
+    assert found["errors"][0]["path"].endswith("a/ax_adc.nii.gz")
+    assert found["n_ok"] == 1
+    assert read_ids(tmp_path / "good.csv").ids == ("c",)
+    with (tmp_path / "out/failures.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["case_id", "path", "reason", "fix"]
+    assert [row[0] for row in rows[1:]] == ["a", "b"]
+    assert medssl(root, "--split-csv", tmp_path / "good.csv")[0] == 0
+    assert medssl(root, "--out", tmp_path / "out", "--on-error", "skip")[0] == 4
+    (root / "b/ax_t2wi.nii.gz").symlink_to(root / "b/ax_adc.nii.gz")
+    (root / "a/ax_adc.nii.gz").unlink()
+    assert medssl(root, "--allow-missing", "--out", tmp_path / "out")[0] == 0
+    assert report(tmp_path / "out")["warnings"][0]["code"] == "sequence_missing"
+    assert not (tmp_path / "out/failures.csv").exists()
+
+
+def test_json_is_one_document(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a")
+    (root / "a/ax_adc.nii.gz").write_bytes(b"junk")
+    code, out, err = medssl(root, "--json")
+    assert code == 3
+    assert json.loads(out)["errors"][0]["code"] == "nifti_truncated"
+    assert err.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_report(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", *"abcdef")
+    (root / "c/ax_adc.nii.gz").write_bytes(b"")
+    (root / "e/ax_dwi_b1400.nii.gz").write_bytes((root / "a/ax_dwi_b1400.nii.gz").read_bytes())
+    reports = []
+    for workers in (1, 2):
+        assert medssl(root, "--out", tmp_path / "out", "--workers", workers)[0] == 3
+        found = report(tmp_path / "out")
+        reports.append({k: v for k, v in found.items() if k not in ("started_at", "elapsed_s")})
+    assert reports[0] == reports[1]
+    assert [e["code"] for e in reports[0]["warnings"]] == ["duplicate_content", "duplicate_content"]
+
+
+def test_r12_leaks_between_split_files(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b", "c", "d")
+    (root / "cases.csv").write_text("case_id,patient_id\na,p1\nb,p1\nc,p3\nd,p4\n")
+    folder = tmp_path / "split"
+    folder.mkdir()
+    for name, ids in (("train", "ac"), ("val", "b"), ("test", "d")):
+        (folder / f"{name}.csv").write_text("patient_id\n" + "\n".join(ids) + "\n")
+    for words in (("--split-csv", folder), ("--split-csv", folder / "train.csv", "--split-csv", folder / "val.csv")):
+        assert medssl(root, *words, "--out", tmp_path / "out")[0] == 3
+        assert {e["code"] for e in report(tmp_path / "out")["errors"]} == {"patient_across_splits"}
+    assert medssl(root, "--split-csv", folder / "train.csv")[0] == 3  # val.csv beside it
+    (root / "cases.csv").unlink()
+    assert medssl(root, "--split-csv", folder)[0] == 0
+    (root / "d/ax_adc.nii.gz").write_bytes((root / "a/ax_adc.nii.gz").read_bytes())
+    assert medssl(root, "--split-csv", folder, "--out", tmp_path / "out", "--on-error", "skip")[0] == 3
+    assert [(e["code"], e["case_id"]) for e in report(tmp_path / "out")["errors"]] == [
+        ("duplicate_across_splits", "a"),
+        ("duplicate_across_splits", "d"),
+    ]
+    (folder / "val.csv").write_text("patient_id\na\n")
+    code, out, _ = medssl(root, "--split-csv", folder)
+    assert code == 3
+    assert "id_across_splits" in out
+
+
+def test_r15_r20_page_is_inert_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = tree(tmp_path / "data", "<script>alert(1)<x", "[red]b")
+    for case in root.iterdir():
+        (case / "ax_adc.nii.gz").write_bytes(b"")
+    code, out, _ = medssl(root, "--out", tmp_path / "out")
+    assert code == 3
+    html = (tmp_path / "out/check_data.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;x" in html
+    assert not re.search(r"(src|href)=\"(?!data:|#)", html)
+    for text in (html, json.dumps(report(tmp_path / "out"))):
+        assert str(tmp_path) not in text.replace(f"{tmp_path}/out", "").replace(json.dumps(str(tmp_path)), "")
+        assert "~/data" in text
+    assert "[red]b" in out
+
+
+def test_r13_ids_of_the_csv_stay_inside(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a")
+    (tmp_path / "s.csv").write_text("patient_id\na\n../data/a\n/etc\n007\n")
+    assert medssl(root, "--split-csv", tmp_path / "s.csv", "--out", tmp_path / "out")[0] == 3
+    assert [e["code"] for e in report(tmp_path / "out")["errors"]] == ["path_escapes", "path_escapes", "folder_missing"]
+
+
+def test_images_and_their_labels(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for i in range(6):
+        (root / f"P{i}_L.png").parent.mkdir(exist_ok=True)
+        write_image(root / f"P{i}_L.png", np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    assert medssl(root, "--out", tmp_path / "out")[0] == 0
+    assert report(tmp_path / "out")["task"] == "images"
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,patient,grade\n" + "".join(f"images/P{i}_L.png,P{i},{i % 2}\n" for i in range(6)))
+    words = ("--task", "classify", "--labels", labels)
+    assert medssl(root, *words, "--target", "grade")[0] == 0
+    code, _, err = medssl(root, *words)
+    assert code == 2
+    assert "--target" in err
+    labels.write_text("image,grade\n" + "".join(f"P{i}_L.png,{i % 2}\n" for i in range(5)))
+    assert medssl(root, *words, "--out", tmp_path / "out", "--fix-csv", tmp_path / "f.csv")[0] == 3
+    assert [(e["code"], e["case_id"]) for e in report(tmp_path / "out")["errors"]] == [("label_missing", "P5_L.png")]
+    assert len(read_ids(tmp_path / "f.csv").ids) == 5
+    (tmp_path / "s.csv").write_text("patient_id,site\nP0_L.png,x\nP1_L.png,y\n")
+    write_image(root / "P1_L.png", np.zeros((40, 40), np.uint8))
+    assert medssl(root, "--split-csv", tmp_path / "s.csv", "--fix-csv", tmp_path / "f.csv")[0] == 3
+    assert (tmp_path / "f.csv").read_text() == "patient_id,site\nP0_L.png,x\n"
+
+
+def test_series_table(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b")
+    table = tmp_path / "series.csv"
+    table.write_text("study_uid,series_uid,nifti_path\n1,x,data/a/ax_t2wi.nii.gz\n2,y,data/none.nii.gz\n")
+    assert medssl(table, "--out", tmp_path / "out", "--fix-csv", tmp_path / "f.csv")[0] == 3
+    assert [(e["code"], e["case_id"]) for e in report(tmp_path / "out")["errors"]] == [("file_missing", "2__y")]
+    assert len((tmp_path / "f.csv").read_text().splitlines()) == 2
+    assert root.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--task", "coco"], 2, "pretrain, images, classify"),
+        (["--task", "ct-pet"], 2, "not part of this version"),
+        (["--task", "pretrian"], 2, "did you mean 'pretrain'?"),
+        (["--task", "images"], 2, "--task pretrain"),
+        (["--task", "classify"], 2, "--labels"),
+        (["--on-error", "ignore"], 2, "stop or skip"),
+        (["--sequences", ","], 2, "ax_t2wi"),
+        (["--split-csv", "nowhere.csv"], 3, "cannot be read"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, words: list[str], code: int, text: str) -> None:
+    root = tree(tmp_path / "data", "a")
+    found, _, err = medssl(root, *words, "--out", tmp_path / "out")
+    assert found == code, err
+    assert text in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_folder_is_kept(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a")
+    code, _, err = medssl(root, "--out", root)
+    assert code == 2
+    assert "--overwrite" in err
+    assert medssl(tmp_path / "nowhere")[0] == 3
+
+
+def test_real_study_needs_alignment(real_data: Path, tmp_path: Path) -> None:
+    source = real_data / "prostatex_mpmri/ProstateX-0000/nifti"
+    folder = tmp_path / "data/ProstateX-0000"
+    folder.mkdir(parents=True)
+    for stem, name in (
+        ("ax_t2wi", "4_t2_tse_tra"),
+        ("ax_adc", "7_ep2d_diff_tra_DYNDIST_ADC"),
+        ("ax_dwi_b1400", "8_ep2d_diff_tra_DYNDISTCALC_BVAL"),
+    ):
+        (folder / f"{stem}.nii.gz").write_bytes((source / f"{name}.nii.gz").read_bytes())
+    code, out, _ = medssl(tmp_path / "data", "--out", tmp_path / "out")
+    assert code == 3
+    assert "grid_shape" in out
+    assert "convert align" in report(tmp_path / "out")["errors"][0]["fix"]
+    assert medssl(tmp_path / "data", "--sequences", "ax_adc,ax_dwi")[0] == 0
+
+
+@pytest.mark.slow
+def test_r18_memory_does_not_grow_with_cases(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from medssl_cli.services.check_data import check_data\n"
+        "check_data(Path(sys.argv[1]), out=Path(sys.argv[2]), workers=1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for n in (20, 200):
+        root = tree(tmp_path / f"data{n}", *(f"{i:03d}" for i in range(n)))
+        words = [sys.executable, "-c", script, str(root), str(tmp_path / f"out{n}")]
+        answer = subprocess.run(words, capture_output=True, text=True, check=True)
+        peaks.append(int(answer.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks

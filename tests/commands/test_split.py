@@ -1,0 +1,170 @@
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from sklearn.model_selection import train_test_split
+from typer.testing import CliRunner
+
+from medssl_cli.app import app
+from medssl_cli.data.manifest import read_ids, split_digest
+
+PARTS = ("train", "val", "test")
+
+
+def medssl(*words: object) -> tuple[int, str, str]:
+    answer = CliRunner().invoke(app, ["split", *map(str, words)])
+    return answer.exit_code, answer.stdout, answer.stderr
+
+
+def tree(root: Path, n: int) -> Path:
+    for i in range(n):
+        (root / f"{i:03d}").mkdir(parents=True)
+    return root
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_p08_case_tree(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 40)
+    code, out, _ = medssl(root, "--out", tmp_path / "split")
+    assert code == 0, out
+    train, held = train_test_split([f"{i:03d}" for i in range(40)], test_size=0.30, random_state=42)
+    val, test = train_test_split(held, test_size=0.5, random_state=42)
+    for name, ids in zip(PARTS, (train, val, test), strict=True):
+        assert rows(tmp_path / "split" / f"{name}.csv") == [["patient_id"], *([i] for i in sorted(ids))]
+        assert read_ids(tmp_path / "split" / f"{name}.csv").ids == tuple(sorted(ids))
+    summary = json.loads((tmp_path / "split" / "split_summary.json").read_text())
+    assert summary["counts"] == {"train": 28, "val": 6, "test": 6}
+    assert (summary["group_by"], summary["seed"], summary["command"]) == ("case", 42, "split")
+    assert summary["sha256"]["val"] == split_digest(val)
+    assert "kept together by case" in out
+    before = (tmp_path / "split" / "train.csv").read_bytes()
+    assert medssl(root, "--out", tmp_path / "split", "--ratios", 0.7, 0.15, 0.15)[0] == 0
+    assert (tmp_path / "split" / "train.csv").read_bytes() == before
+
+
+def test_split_inside_the_tree_is_no_case(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 10)
+    for _ in range(2):
+        assert medssl(root, "--out", root / "split")[0] == 0
+    assert json.loads((root / "split/split_summary.json").read_text())["n_items"] == 10
+
+
+def test_folds_leave_the_test_part_alone(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 20)
+    assert medssl(root, "--out", tmp_path / "s", "--folds", 5)[0] == 0
+    assert medssl(root, "--out", tmp_path / "s", "--folds", 3)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "s").glob("fold_*")) == ["fold_0", "fold_1", "fold_2"]
+    pairs = json.loads((tmp_path / "s/splits_final.json").read_text())
+    test = set(read_ids(tmp_path / "s/test.csv").ids)
+    assert sorted(i for pair in pairs for i in pair["val"]) == sorted({f"{i:03d}" for i in range(20)} - test)
+    for k, pair in enumerate(pairs):
+        assert list(read_ids(tmp_path / f"s/fold_{k}/train.csv").ids) == pair["train"]
+        assert not set(pair["train"]) & (set(pair["val"]) | test)
+    assert medssl(root, "--out", tmp_path / "s")[0] == 0
+    assert not (tmp_path / "s/splits_final.json").exists()
+    assert not (tmp_path / "s/fold_0").exists()
+
+
+def test_table_keeps_its_columns_and_patients(tmp_path: Path, real_data: Path) -> None:
+    source = real_data / "picai_labels_subset/marksheet.csv"
+    code, out, err = medssl(source, "--out", tmp_path / "s", "--stratify", "case_csPCa", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["group_by"] == "patient_id"
+    assert document["prevalence"]["test"]["case_csPCa=YES"] == pytest.approx(0.28, abs=0.01)
+    theirs = rows(source)
+    ours = [rows(tmp_path / "s" / f"{name}.csv") for name in PARTS]
+    assert all(part[0] == theirs[0] for part in ours)
+    assert sorted(row for part in ours for row in part[1:]) == sorted(theirs[1:])
+    patients = [{row[0] for row in part[1:]} for part in ours]
+    assert not any(a & b for a, b in itertools.combinations(patients, 2))
+    assert document["sha256"]["test"] == split_digest(patients[2])
+
+
+def test_image_tree_by_group_pattern(tmp_path: Path, real_data: Path) -> None:
+    source = real_data / "fundus_dr_grading"
+    options = ("--group-pattern", r"(Patient\d+)_", "--stratify", "dr_grade", "--labels", source / "labels.csv")
+    code, _, err = medssl(source / "images", "--out", tmp_path / "s", *options)
+    assert code == 0, err
+    groups = [{row[1] for row in rows(tmp_path / "s" / f"{name}.csv")[1:]} for name in PARTS]
+    names = [{row[0][:10] for row in rows(tmp_path / "s" / f"{name}.csv")[1:]} for name in PARTS]
+    assert groups == names
+    assert not any(a & b for a, b in itertools.combinations(names, 2))
+    assert sum(map(len, names)) == 188
+
+
+def test_cases_csv_gives_the_patients(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 20)
+    lines = [f"{i:03d},p{i // 2},1.{i},ax_t2wi" for i in range(20)]
+    (root / "cases.csv").write_text("case_id,patient_id,study_uid,stem\n" + "\n".join(lines) + "\n")
+    code, out, _ = medssl(root, "--out", tmp_path / "s", "--json")
+    assert code == 0
+    assert (json.loads(out)["group_by"], json.loads(out)["n_groups"]) == ("patient_id", 10)
+    sides = [{int(row[0]) // 2 for row in rows(tmp_path / "s" / f"{name}.csv")[1:]} for name in PARTS]
+    assert not any(a & b for a, b in itertools.combinations(sides, 2))
+    text = (root / "cases.csv").read_text().replace("patient_id", "nothing")
+    (root / "cases.csv").write_text(text)
+    assert json.loads(medssl(root, "--out", tmp_path / "s", "--json")[1])["group_by"] == "study_uid"
+
+
+def test_labels_of_a_tree(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 20)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("patient_id,label,site\n" + "".join(f"{i:03d},{i % 2},{i // 4}\n" for i in range(20)))
+    options = ("--out", tmp_path / "s", "--labels", labels)
+    code, out, _ = medssl(root, *options, "--stratify", "label", "--group-by", "site", "--json")
+    assert code == 0
+    assert json.loads(out)["prevalence"]["train"] == {"label=0": 0.5, "label=1": 0.5}
+    assert json.loads(out)["n_groups"] == 5
+    labels.write_text("patient_id,label\n000,1\n")
+    code, _, err = medssl(root, *options, "--stratify", "label")
+    assert code == 3
+    assert "19 of 20 cases have no row" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--ratios", "0.7", "0.2", "0.2"], 2, "sum is 1.1"),
+        (["--group-by", "site", "--group-pattern", "x"], 2, "not from both"),
+        (["--stratify", "label"], 2, "--labels"),
+        (["--folds", "1"], 2, "Folds"),
+        (["--folds", "50"], 3, "too few groups"),
+        (["--group-pattern", "("], 2, "regular expression"),
+        (["--group-pattern", "(x)"], 3, "does not match"),
+        (["--labels", "nowhere.csv"], 3, "cannot be read"),
+    ],
+)
+def test_faults_have_their_code_and_write_nothing(tmp_path: Path, options: list[str], code: int, text: str) -> None:
+    root = tree(tmp_path / "data", 12)
+    found, _, err = medssl(root, "--out", tmp_path / "s", *options)
+    assert found == code, err
+    assert text in err
+    assert "fix:" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_measurements_are_no_strata(tmp_path: Path, real_data: Path) -> None:
+    source = real_data / "picai_labels_subset/marksheet.csv"
+    code, _, err = medssl(source, "--out", tmp_path / "s", "--stratify", "mri_date")
+    assert code == 3
+    assert "cannot be spread evenly" in err
+    code, _, err = medssl(source, "--out", tmp_path / "s", "--stratify", "case_csPC")
+    assert code == 3
+    assert "'case_csPCa'" in err
+
+
+def test_foreign_folder_is_kept(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 12)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("mine")
+    code, _, err = medssl(root, "--out", tmp_path / "s")
+    assert code == 2
+    assert "--overwrite" in err
+    assert (tmp_path / "s" / "thesis.txt").exists()

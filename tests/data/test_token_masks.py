@@ -1,0 +1,138 @@
+"""Block masks: how many crops, how large, which sequences; checked against a plain loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from medssl_cli.data.token_masks import block_masks, draw_token_masks
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def block_mask_by_loop(request: int, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """One mask, one rectangle after another, one try after another."""
+    mask = np.zeros((rows, columns), dtype=bool)
+    while mask.sum() < request:
+        limit = min(request - mask.sum(), rows * columns / 2)
+        for _ in range(10):
+            area = rng.uniform(min(4.0, limit), max(4.0, limit))
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (1 <= height <= rows and 1 <= width <= columns):
+                continue
+            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+            new = (~mask[top : top + height, left : left + width]).sum()
+            if 1 <= new <= limit:
+                mask[top : top + height, left : left + width] = True
+                break
+        else:
+            return mask
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("n_crops", "probability", "expected"), [(16, 0.5, 8), (7, 0.5, 3), (100, 0.29, 29), (4, 0, 0)]
+)
+def test_exactly_the_asked_share_of_crops_is_masked(n_crops: int, probability: float, expected: int) -> None:
+    masks = draw_token_masks(n_crops, 1, (16, 16), rng(), sample_probability=probability, mode="shared")
+    assert masks.flat().any(1).sum() == expected
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (7, 7), (4, 4), (8, 5)])
+def test_never_above_the_request_and_hardly_below(grid: tuple[int, int]) -> None:
+    requests = rng(1).integers(0, grid[0] * grid[1] // 2 + 1, size=3000)
+    short = requests - block_masks(requests, grid, rng()).sum((1, 2))
+    assert short.min() == 0
+    assert (short <= 2).mean() > 0.998
+    exact = block_masks(requests, grid, rng(), exact=True).sum((1, 2))
+    np.testing.assert_array_equal(exact, requests)
+
+
+def test_ratios_are_stratified_and_shuffled() -> None:
+    masks = draw_token_masks(40, 1, (16, 16), rng(3), mode="shared", exact=True)
+    counts = masks.blocks_CSN.sum((1, 2))
+    asked = np.sort(counts[counts > 0])
+    edges = 256 * np.linspace(0.1, 0.5, 21)
+    assert np.all(asked >= np.floor(edges[:-1]))
+    assert np.all(asked <= edges[1:])
+    given = counts[counts > 0]
+    assert not np.all(np.diff(given) >= 0)
+
+
+def test_odd_grid_keeps_its_half_patch() -> None:
+    """A 7 x 7 grid allows rectangles of 24 patches: a cap of 21 or 22 would forbid them."""
+    masks = block_masks(np.full(3000, 24), (7, 7), rng())
+    rows, columns = masks.any(2).sum(1), masks.any(1).sum(1)
+    assert np.any((masks.sum((1, 2)) == 24) & (rows * columns == 24))  # one single rectangle of 4 x 6
+
+
+def test_blocks_are_distributed_as_by_the_plain_loop() -> None:
+    draws, request, grid = 1500, 77, (16, 16)
+    ours = block_masks(np.full(draws, request), grid, rng(5))
+    loop_rng = rng(6)
+    theirs = np.stack([block_mask_by_loop(request, *grid, loop_rng) for _ in range(draws)])
+    spread = math.sqrt(2 * 0.25 / draws)
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 5 * spread
+    for measure in (lambda m: m.any(2).sum(1), lambda m: (m[:, 1:] != m[:, :-1]).sum((1, 2)), lambda m: m.sum((1, 2))):
+        a, b = measure(ours).astype(float), measure(theirs).astype(float)
+        assert abs(a.mean() - b.mean()) < 5 * math.sqrt((a.var() + b.var()) / draws)
+
+
+def test_t05_full_sequence_hides_one_sequence_of_every_crop_and_the_others_alike() -> None:
+    masks = draw_token_masks(400, 3, (16, 16), rng(7))
+    tokens = masks.flat().reshape(400, 3, 256)
+    full = tokens.all(2)
+    np.testing.assert_array_equal(full.sum(1), 1)
+    for crop in range(400):
+        first, second = tokens[crop][~full[crop]]
+        np.testing.assert_array_equal(first, second)
+    assert np.all(np.bincount(full.argmax(1), minlength=3) > 100)
+
+
+def test_t05_masked_share_of_full_sequence() -> None:
+    share = np.concatenate([draw_token_masks(64, 3, (16, 16), rng(s)).flat().mean(1) for s in range(30)])
+    assert share.min() == pytest.approx(1 / 3)
+    assert share.mean() == pytest.approx(0.433, abs=0.004)
+    assert share.max() <= 1 / 3 + 2 / 3 * 0.5
+
+
+def test_shared_mask_is_the_same_for_all_sequences() -> None:
+    tokens = draw_token_masks(20, 3, (8, 8), rng(), mode="shared").flat().reshape(20, 3, 64)
+    np.testing.assert_array_equal(tokens, np.broadcast_to(tokens[:, :1], tokens.shape))
+    assert tokens.any((1, 2)).sum() == 10
+
+
+def test_independent_masks_differ_between_sequences_of_one_ratio() -> None:
+    tokens = draw_token_masks(20, 3, (16, 16), rng(), mode="independent", exact=True).flat().reshape(20, 3, 256)
+    masked = tokens[tokens.any((1, 2))]
+    assert len(masked) == 10
+    assert all(not np.array_equal(one[0], one[1]) for one in masked)
+    np.testing.assert_array_equal(masked.sum(2), np.broadcast_to(masked[:, :1].sum(2), (10, 3)))
+
+
+def test_full_sequence_of_a_single_sequence_leaves_something_to_see() -> None:
+    masks = draw_token_masks(10, 1, (4, 4), rng())
+    assert not masks.full_CS.any()
+    assert masks.flat().mean(1).max() <= 0.5
+
+
+def test_flat_is_sequence_major() -> None:
+    masks = draw_token_masks(6, 2, (3, 4), rng(1), mode="independent")
+    np.testing.assert_array_equal(masks.flat()[:, :12], masks.blocks_CSN[:, 0])
+    np.testing.assert_array_equal(masks.flat()[:, 12:], masks.blocks_CSN[:, 1])
+
+
+def test_same_seed_same_masks() -> None:
+    first, again, other = (draw_token_masks(16, 3, (8, 8), rng(s)).flat() for s in (4, 4, 5))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 'block'"):
+        draw_token_masks(2, 1, (4, 4), rng(), mode="block")  # type: ignore[arg-type]

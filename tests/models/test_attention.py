@@ -1,0 +1,282 @@
+"""One dispatch: every backend gives the same numbers, and only what really ran is chosen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from medssl_cli.core.errors import ConfigError, ResourceError
+from medssl_cli.models import attention
+
+GROUPS = ((2, 9), (3, 5))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice() -> Iterator[None]:
+    def forget() -> None:
+        attention._chosen.clear()
+        attention._forced = None
+        attention._import_xformers.cache_clear()
+        attention._block_mask.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def packed(seed: int = 0, tokens: int = 33) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, 3, 2, 16, generator=generator).unbind(1)  # type: ignore[return-value]
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, groups: attention.Groups) -> Tensor:
+    """softmax(q k / sqrt(E)) v in float64, token by token."""
+    out, start = torch.zeros_like(q, dtype=torch.float64), 0
+    for samples, tokens in groups:
+        for _ in range(samples):
+            span = slice(start, start + tokens)
+            for head in range(q.shape[1]):
+                for i in range(start, start + tokens):
+                    scores = (k[span, head].double() * q[i, head].double()).sum(-1) / q.shape[-1] ** 0.5
+                    weights = scores.exp() / scores.exp().sum()
+                    out[i, head] = (weights[:, None] * v[span, head].double()).sum(0)
+            start += tokens
+    return out
+
+
+@pytest.mark.parametrize("name", ["sdpa", "plain"])
+def test_packed_attention_is_the_definition_within_each_sample(name: str) -> None:
+    q, k, v = packed()
+    attention.set_backend(name)
+    torch.testing.assert_close(
+        attention.attend(q, k, v, GROUPS).double(), by_definition(q, k, v, GROUPS), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_plain_and_sdpa_agree_in_values_and_gradients(batched: bool) -> None:
+    found = []
+    for name in ("plain", "sdpa"):
+        attention.set_backend(name)
+        qkv = torch.stack(packed(), 1).requires_grad_()
+        parts = qkv[:30].unflatten(0, (3, 10)).unbind(2) if batched else qkv.unbind(1)
+        out = attention.attend(*parts, None if batched else GROUPS)
+        (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        assert qkv.grad is not None
+        found.append((out.detach(), qkv.grad))
+    assert found[0][1].abs().max() > 0.1
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+
+
+def test_batched_equals_packed_of_one_group() -> None:
+    q, k, v = (part[:30] for part in packed())
+    batched = attention.attend(*(part.unflatten(0, (3, 10)) for part in (q, k, v)))
+    assert torch.equal(batched.flatten(0, 1), attention.attend(q, k, v, ((3, 10),)))
+
+
+def test_groups_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="hold 32 tokens, the tensor 33"):
+        attention.attend(*packed(), ((2, 16),))
+
+
+def test_choice_on_a_cpu_is_sdpa_and_moves_no_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        assert attention.choose_backend(CPU, torch.float32) == "sdpa"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_choice_within_a_compiled_function() -> None:
+    q, k, v = packed()
+    compiled = torch.compile(lambda a, b, c: attention.attend(a, b, c, GROUPS), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attention.attend(q, k, v, GROUPS))
+
+
+def test_probe_names_every_backend_and_what_is_missing() -> None:
+    statuses = {status.name: status for status in attention.probe_backends("cpu")}
+    assert set(statuses) == set(attention.BACKENDS)
+    assert statuses["sdpa"].works
+    assert statuses["plain"].works
+    assert not statuses["xformers"].works
+    assert "CUDA" in statuses["xformers"].detail
+
+
+def test_a_kernel_with_wrong_numbers_or_nan_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spoil in (lambda out: out * 1.2, lambda out: out * float("nan")):
+        kernel = lambda q, k, v, g, spoil=spoil: spoil(attention._attend_plain(q, k, v, g))  # noqa: E731
+        monkeypatch.setitem(attention._KERNELS, "sdpa", kernel)
+        status = attention._status("sdpa", CPU, torch.float32)
+        assert not status.works
+        assert "wrong numbers" in status.detail
+
+
+def test_an_impossible_override_is_a_resource_error() -> None:
+    with pytest.raises(ResourceError) as caught:
+        attention.set_backend("xformers", "cpu")
+    assert caught.value.exit_code == 6
+    assert "CUDA" in caught.value.where
+    assert attention.choose_backend(CPU, torch.float32) == "sdpa"  # the choice is as it was
+    with pytest.raises(ConfigError, match="no attention backend"):
+        attention.set_backend("flash9")
+
+
+def test_no_backend_at_all_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    for name in attention.BACKENDS:
+        monkeypatch.setitem(attention._KERNELS, name, broken)
+    with pytest.raises(ResourceError) as caught:
+        attention.choose_backend(CPU, torch.float32)
+    assert "no kernel image" in caught.value.where
+
+
+# --- xformers, by a written stand-in ---------------------------------------------------------------------------------
+
+STUB_OPS = """
+import torch
+calls = []
+def memory_efficient_attention(query, key, value, attn_bias=None):
+    calls.append(attn_bias)
+    b, t, h, e = query.shape
+    bias = torch.zeros(t, t) if attn_bias is None else attn_bias.materialize(t)
+    scores = torch.einsum("bqhe,bkhe->bhqk", query, key) * e ** -0.5 + bias.to(query.dtype)
+    return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), value)
+"""
+STUB_BIAS = """
+import torch
+made = []
+class BlockDiagonalMask:
+    def __init__(self, lengths):
+        self.lengths = lengths
+    @classmethod
+    def from_seqlens(cls, lengths, *, device):
+        made.append((tuple(lengths), str(device)))
+        return cls(lengths)
+    def materialize(self, total):
+        which = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        assert len(which) == total
+        return torch.where(which[:, None] == which[None], 0.0, float("-inf"))
+"""
+
+
+def install_stub(folder: Path, monkeypatch: pytest.MonkeyPatch, ops: str = STUB_OPS) -> None:
+    """A package named xformers with its version record, first on the path and gone after the test."""
+    (folder / "xformers/ops/fmha").mkdir(parents=True)
+    (folder / "xformers/__init__.py").write_text("")
+    (folder / "xformers/ops/__init__.py").write_text(ops)
+    (folder / "xformers/ops/fmha/__init__.py").write_text("")
+    (folder / "xformers/ops/fmha/attn_bias.py").write_text(STUB_BIAS)
+    (folder / "xformers-9.9.dist-info").mkdir()
+    (folder / "xformers-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 9.9\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
+    # the stand-in computes on the CPU; the real one is asked on CUDA only
+    monkeypatch.setattr(attention, "_serves", lambda *_: True)
+
+
+@pytest.fixture
+def forget_stub() -> Iterator[None]:
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("forget_stub")
+def test_xformers_branch_gives_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = packed()
+    attention.set_backend("plain")
+    expected = attention.attend(q, k, v, GROUPS)
+    expected_batched = attention.attend(q[:30], k[:30], v[:30], ((3, 10),))
+    install_stub(tmp_path, monkeypatch)
+    attention.set_backend(None)
+    assert attention.choose_backend(CPU, torch.float32) == "xformers"
+    bias = sys.modules["xformers.ops.fmha.attn_bias"]
+    bias.made.clear()  # type: ignore[attr-defined]
+    for _ in range(2):
+        torch.testing.assert_close(attention.attend(q, k, v, GROUPS), expected, atol=1e-5, rtol=0)
+    assert bias.made == [((9, 9, 5, 5, 5), "cpu")]  # type: ignore[attr-defined]  # made once, kept
+    torch.testing.assert_close(
+        attention.attend(q[:30], k[:30], v[:30], ((3, 10),)), expected_batched, atol=1e-5, rtol=0
+    )
+    assert sys.modules["xformers.ops"].calls[-1] is None  # type: ignore[attr-defined]  # one group needs no mask
+
+
+@pytest.mark.usefixtures("forget_stub")
+@pytest.mark.parametrize("value", ["1", "true", "TRUE"])
+def test_t02_xformers_disabled_never_imports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    install_stub(tmp_path, monkeypatch)
+    monkeypatch.setenv("XFORMERS_DISABLED", value)
+    assert attention.choose_backend(CPU, torch.float32) == "sdpa"
+    status = attention.probe_backends("cpu")[0]
+    assert (status.name, status.works) == ("xformers", False)
+    assert "XFORMERS_DISABLED" in status.detail
+    assert "xformers" not in sys.modules
+    with pytest.raises(ResourceError):
+        attention.set_backend("xformers")
+
+
+@pytest.mark.usefixtures("forget_stub")
+def test_an_installed_xformers_that_does_not_run_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = "def memory_efficient_attention(*a, **k):\n    raise NotImplementedError('not built with CUDA support')\n"
+    install_stub(tmp_path, monkeypatch, ops=broken)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            attention.attend(*packed(), GROUPS)
+    assert len(caplog.records) == 1
+    text = caplog.records[0].getMessage()
+    assert "attention on cpu: sdpa" in text
+    assert "xformers 9.9 is installed but does not work" in text
+    assert "not built with CUDA support" in text
+    assert "nvidia-cuda-runtime-cu12" in text
+
+
+def test_xformers_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_serves", lambda name, *_: name != "varlen")
+    monkeypatch.setattr(attention, "_version", lambda _: None)
+    status = attention.probe_backends("cpu")[0]
+    assert (status.works, status.detail) == (False, "not installed")
+    assert "medssl[xformers]" in status.fix
+    assert attention.choose_backend(CPU, torch.float32) == "sdpa"
+
+
+def test_a_cudart_that_cannot_be_loaded_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = tmp_path / "libcudart.so.12"
+    library.write_bytes(b"no library")
+    (tmp_path / "nvidia_cuda_runtime_cu12-12.9.dist-info").mkdir()
+    record = tmp_path / "nvidia_cuda_runtime_cu12-12.9.dist-info"
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-runtime-cu12\nVersion: 12.9\n")
+    (record / "RECORD").write_text("libcudart.so.12,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert attention._cudart_path() == library
+    with caplog.at_level(logging.WARNING):
+        attention._preload_cudart()
+    assert "libcudart.so.12 cannot be loaded" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_backend_that_says_it_works_agrees_on_a_gpu(dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    q, k, v = (part.to(device, dtype) for part in torch.randn(33, 3, 2, 64).unbind(1))
+    for status in attention.probe_backends(device, dtype):
+        if status.works:
+            attention.set_backend(status.name, device, dtype)
+            out = attention.attend(q, k, v, GROUPS).double().cpu()
+            expected = by_definition(q.cpu(), k.cpu(), v.cpu(), GROUPS)
+            torch.testing.assert_close(out, expected, atol=2e-2, rtol=0)

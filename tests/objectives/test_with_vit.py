@@ -1,0 +1,81 @@
+"""The objective with the real backbone and head, small."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medssl_cli.core.protocols import Batch
+from medssl_cli.models.heads import DINOHead
+from medssl_cli.models.vit import VisionTransformer
+from medssl_cli.objectives.dino import DinoConfig, HeadConfig
+from medssl_cli.objectives.ibot import IbotConfig
+from medssl_cli.objectives.self_distillation import CenteringName, SelfDistillation, expected_first_loss
+
+SEQUENCES = ("t2", "adc", "dwi")
+
+
+def make_head(shape: HeadConfig) -> DINOHead:
+    return DINOHead(
+        48, shape.head_n_prototypes, shape.head_hidden_dim, shape.head_bottleneck_dim, n_layers=shape.head_nlayers
+    )
+
+
+def build(
+    prototypes: int, drop_path_rate: float = 0.0, layerscale: float = 1e-5, centering: CenteringName = "centering"
+) -> SelfDistillation:
+    torch.manual_seed(0)
+    student, teacher = (
+        VisionTransformer(
+            img_size=32,
+            patch_size=8,
+            embed_dim=48,
+            depth=2,
+            num_heads=3,
+            sequences=SEQUENCES,
+            use_mri_seq_embed=True,
+            layerscale=layerscale,
+            drop_path_rate=rate,
+        )
+        for rate in (drop_path_rate, 0.0)
+    )
+    shape = {"head_n_prototypes": prototypes, "head_hidden_dim": 64}
+    ibot = IbotConfig(**shape, mask_mode="full_sequence")
+    return SelfDistillation(student, teacher, make_head, dino=DinoConfig(**shape), ibot=ibot, centering=centering)
+
+
+def views(samples: int = 4, local_crops: int = 3) -> Batch:
+    """Two noisy views of smooth pictures; one whole sequence and some more tokens hidden in each crop."""
+    rng = torch.Generator().manual_seed(0)
+    pictures = torch.nn.functional.interpolate(torch.randn(samples, 3, 4, 4, generator=rng), 32, mode="bilinear")
+    global_ = pictures.repeat(2, 1, 1, 1) + 0.1 * torch.randn(2 * samples, 3, 32, 32, generator=rng)
+    local = pictures[:, :, 8:24, 8:24].repeat(local_crops, 1, 1, 1)
+    token_mask = torch.rand(2 * samples, 3 * 16, generator=rng) < 0.2
+    token_mask[torch.arange(2 * samples)[:, None], 16 * (torch.arange(2 * samples)[:, None] % 3) + torch.arange(16)] = (
+        True
+    )
+    available = torch.ones(samples, 3, dtype=torch.bool)
+    available[0, 1] = False
+    return Batch(global_, local, token_mask, available)
+
+
+def test_t36_first_loss_of_a_vision_transformer_is_what_was_predicted() -> None:
+    objective = build(4096)
+    expected = expected_first_loss(objective.dino, objective.ibot, local_crops_number=3, batch_size=4)
+    found = {name: loss.item() for name, loss in objective.losses(views(), {"teacher_temp": 0.04}).items()}
+    assert found.keys() == expected.keys()
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.25)
+
+
+def test_one_batch_is_overfitted_by_a_vision_transformer() -> None:
+    objective, batch = build(64, drop_path_rate=0.1, layerscale=1.0, centering="sinkhorn_knopp"), views()
+    optimizer = torch.optim.AdamW(objective.student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = torch.stack(list(objective.losses(batch, {"teacher_temp": 0.002}).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        objective.after_step({"momentum": 1.0})  # a fixed teacher, so that the targets stay and the loss must fall
+        losses.append(loss.item())
+    assert losses[-1] < 0.75 * losses[0]
