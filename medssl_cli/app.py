@@ -54,7 +54,7 @@ def root(
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("matplotlib", "PIL", "nibabel", "pydicom", "dicom2nifti", "numba", "xformers", "urllib3"):
+    for noisy in ("matplotlib", "PIL", "nibabel", "pydicom", "dicom2nifti", "numexpr", "xformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -28,6 +28,9 @@ import numpy as np
 from medssl_cli.core.errors import ConfigError, DataError, ResourceError
 
 SCHEMA_VERSION = 1
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 RESEARCH_NOTE = "For research use only. Not a medical device; not for diagnosis or treatment."
 
 
@@ -47,6 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with say_disk_errors(path):
             yield temporary
+            os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner may read
             _fsync(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)
@@ -322,7 +326,9 @@ def seed_everything(seed: int) -> None:
 def temporary_folder(parent: Path, name: str) -> Path:
     """A new folder ``.tmp-<name>-…`` below ``parent``, to be renamed when it is complete."""
     parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=parent))
+    folder.chmod(0o777 & ~_UMASK)
+    return folder
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

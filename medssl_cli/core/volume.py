@@ -87,7 +87,7 @@ class Volume:
         xyz = np.moveaxis(self.array, (-1, -2, -3), (-3, -2, -1))  # (..., X, Y, Z)
         lead = xyz.ndim - 3
         xyz = np.transpose(xyz, (*range(lead), *(lead + j for j in order)))
-        xyz = xyz[(..., *(slice(None, None, -1) if f else slice(None) for f in flip))]
+        xyz = np.flip(xyz, axis=tuple(lead + i for i in range(3) if flip[i]))
         array = np.moveaxis(xyz, (-1, -2, -3), (-3, -2, -1))
         return replace(self, array=np.ascontiguousarray(array), affine=self.affine @ transform)
 

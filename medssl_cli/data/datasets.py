@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -535,8 +536,10 @@ class Loader(Iterator[SliceBatch]):
         while True:
             try:
                 return next(self._batches)
-            except RuntimeError as error:  # the loader's only way to say that a poll ended, or that a worker is dead
-                ended = [w for w in self._batches._workers if w.exitcode is not None]
+            except (RuntimeError, OSError, EOFError) as error:
+                # RuntimeError: PyTorch's word for the end of a poll and for a dead worker. The others: a worker died
+                # after it announced a batch, whose memory can no longer be fetched from it.
+                ended = self._ended(wait_s=0.0 if isinstance(error, RuntimeError) else _POLL_S)
                 if ended and all(w.exitcode in (0, -signal.SIGTERM) for w in ended):
                     log.warning("the loader's workers were asked to end; loading goes on in the main process")
                     self.close()
@@ -547,6 +550,15 @@ class Loader(Iterator[SliceBatch]):
                     raise
                 if time.monotonic() - started >= self.timeout_s:
                     raise self._silence() from error
+
+    def _ended(self, wait_s: float) -> list[Any]:
+        """Workers that are no more; waits a moment for the first, whose end the system may still be at."""
+        workers = self._batches._workers
+        closed = connection.wait([worker.sentinel for worker in workers], timeout=wait_s)
+        for worker in workers:
+            if worker.sentinel in closed:
+                worker.join(_POLL_S)  # its files are closed, yet the system may not tell its exit code for a moment
+        return [worker for worker in workers if worker.exitcode is not None]
 
     def _death(self, process: Any) -> ResourceError:
         worker = self._batches._workers.index(process)

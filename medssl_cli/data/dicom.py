@@ -155,6 +155,7 @@ class Frame:
 
     Args:
         file: Index of its file in the series.
+        index: Frame within a multi-frame file, else 0.
     """
 
     file: int
@@ -171,6 +172,7 @@ class Frame:
     acquisition: str = ""
     trigger: str = ""
     instance: int | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -495,7 +497,7 @@ def _frames_of(facts: SeriesFacts, path: Path, header: Dataset, index: int) -> I
 
 def _functional_frames(header: Dataset, index: int) -> Iterator[Frame]:
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    for own in header.PerFrameFunctionalGroupsSequence:
+    for i, own in enumerate(header.PerFrameFunctionalGroupsSequence):
 
         def group(keyword: str, own: Dataset = own) -> Dataset:
             items = own.get(keyword) or shared.get(keyword)
@@ -526,6 +528,7 @@ def _functional_frames(header: Dataset, index: int) -> Iterator[Frame]:
             image_type=_text(kind, "FrameType") or _text(header, "ImageType"),
             acquisition=_text(header, "AcquisitionNumber") or _text(content, "FrameAcquisitionNumber"),
             instance=int(_float(header, "InstanceNumber") or 0),
+            index=i,
         )
 
 

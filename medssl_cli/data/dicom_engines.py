@@ -70,6 +70,27 @@ def convert_files(engine: str, files: Sequence[Path], work: Path, *, is_compress
     return run(_decompressed(files, _fresh(work / "unpacked")), _fresh(work / "second"))
 
 
+def extract_frames(path: Path, frames: Sequence[int], target: Path) -> None:
+    """Write some frames of a multi-frame file as a file of their own, so that an engine sees one volume alone.
+
+    Raises:
+        DataError: The pixels cannot be unpacked.
+    """
+    try:
+        with quiet_pydicom():
+            image = pydicom.dcmread(path)
+            if image.file_meta.TransferSyntaxUID.is_compressed:
+                image.decompress(generate_instance_uid=False)
+            size = int(image.Rows) * int(image.Columns) * int(image.BitsAllocated) // 8
+            pixels = image.PixelData
+            image.PixelData = b"".join(pixels[i * size : (i + 1) * size] for i in frames)
+            image.PerFrameFunctionalGroupsSequence = [image.PerFrameFunctionalGroupsSequence[i] for i in frames]
+            image.NumberOfFrames = len(frames)
+            image.save_as(target)
+    except Exception as error:  # each decoder raises its own kinds
+        raise _failed("pydicom", f"{path.name}: {type(error).__name__}: {error}") from error
+
+
 def engine_version(engine: str) -> str:
     """Version of the package that brings the engine.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip, igzip_lib
 from PIL import Image
 
 from medssl_cli.core.errors import DataError
@@ -24,6 +24,7 @@ MAX_VOXELS = 2**33
 """Largest volume that is read, 8.6 billion voxels: a header beyond it is damage or an attack."""
 
 _HEADER_BYTES = 540
+_DAMAGED: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, igzip_lib.IsalError)  # type: ignore[assignment]
 _RECONVERT = "convert the image again from its source"
 
 
@@ -102,8 +103,8 @@ def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
         image = nib.Nifti1Image.from_bytes(data) if data[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c") else None
         if image is None:
             image = nib.Nifti2Image.from_bytes(data)
-        proxy = image.dataobj
-        array = np.asanyarray(proxy.get_unscaled()).reshape(header.shape)
+        unscaled = image.dataobj.get_unscaled()  # type: ignore[attr-defined]  # an ArrayProxy, typed as any array
+        array = np.asanyarray(unscaled).reshape(header.shape)
     except DataError:
         raise
     except Exception as error:  # nibabel raises many kinds for a damaged file
@@ -200,7 +201,7 @@ def _read_start(path: Path) -> bytes:
         raise _fault(path, "The file is missing.", "file_missing", "", "check the path") from error
     except IsADirectoryError as error:
         raise _fault(path, "A file was expected, this is a folder.", "file_missing", "", "name the file") from error
-    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+    except _DAMAGED as error:
         raise _fault(path, "The image is truncated or damaged.", "nifti_truncated", str(error)) from error
 
 
@@ -219,7 +220,7 @@ def _read_all(path: Path, limit: int) -> bytes:
                         path, "The file unpacks to more than its header says.", "nifti_oversized", f"over {limit} bytes"
                     )
                 return data
-    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+    except _DAMAGED as error:
         raise _fault(path, "The image is truncated or damaged.", "nifti_truncated", str(error)) from error
 
 

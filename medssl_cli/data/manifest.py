@@ -350,7 +350,7 @@ def read_cases(
     """Cases of a tree ``<root>/<case_id>/<stem>.nii[.gz]``, sorted by id.
 
     Args:
-        root: The data root. Its ``cases.csv``, if there is one, tells patient and study of each case.
+        root: The data root. ``cases.csv`` or ``labels.csv`` in it tell patient and study of each case.
         sequences: Names to look for; a sequence that a case lacks has no entry.
         split_csv: Which cases to take; all folders if None.
         roi: Stem of the mask of the region of interest.
@@ -443,32 +443,42 @@ def nearest_id(name: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a case is, from ``cases.csv``."""
+    """Whose a case is."""
 
     patient_id: str = ""
     study_uid: str = ""
 
 
 def read_owners(root: Path) -> dict[str, Owner]:
-    """Patient and study of each case, from the ``cases.csv`` that ``convert dicom`` leaves at the root.
+    """Patient and study of each case, from the tables at the root of a tree.
+
+    These are ``cases.csv``, which ``convert dicom`` leaves there, and a ``labels.csv`` with columns for case and
+    patient; what the first says of a case wins.
 
     Raises:
         DataError: One case with two patients.
     """
-    path = root / "cases.csv"
-    if not path.is_file():
-        return {}
-    table = read_table(path)
-    case_column = table.find(("case_id",))
-    if case_column is None:
-        return {}
-    columns = [table.find(PATIENT_ALIASES), table.find(STUDY_ALIASES)]
-    patients, studies = ([""] * len(table.rows) if c is None else table.column(c) for c in columns)
     owners: dict[str, Owner] = {}
-    for line, name, patient, study in zip(table.lines, table.column(case_column), patients, studies, strict=True):
+    for name in ("labels.csv", "cases.csv"):
+        if (root / name).is_file():
+            owners.update(table_owners(read_table(root / name)))
+    return owners
+
+
+def table_owners(table: Table) -> dict[str, Owner]:
+    """Patient and study of each case of a table with a column ``case_id``; empty for another table.
+
+    Raises:
+        DataError: One case with two patients.
+    """
+    case_column = table.find(("case_id",))
+    patients, studies = _optional(table, PATIENT_ALIASES), _optional(table, STUDY_ALIASES)
+    owners: dict[str, Owner] = {}
+    names = table.column(case_column) if case_column and any((*patients, *studies)) else []
+    for line, name, patient, study in zip(table.lines, names, patients, studies, strict=False):
         if owners.setdefault(name, Owner(patient, study)).patient_id != patient:
             found = f"line {line}: case {name!r} of {owners[name].patient_id!r} and {patient!r}"
-            raise _table_fault(path, "One case belongs to two patients.", found, "owner_conflict")
+            raise _table_fault(table.path, "One case belongs to two patients.", found, "owner_conflict")
     return owners
 
 

@@ -41,7 +41,8 @@ def split_items(
     """Ids of ``train``, ``val`` and ``test``, each sorted; independent of the order of ``items``.
 
     With groups of one and no strata the ids are those of ``train_test_split(sorted(ids), test_size=val+test)`` and then
-    ``train_test_split(held, test_size=test/(val+test))``, both with ``random_state=seed``.
+    ``train_test_split(held, test_size=test/(val+test))``, both with ``random_state=seed``. A part with a share that
+    rounding would leave empty gets one group of the largest part.
 
     Raises:
         ConfigError: Ratios that are negative or do not sum to 1.
@@ -53,6 +54,7 @@ def split_items(
         chosen = _stratified(groups, ratios, seed)
     else:
         chosen = _two_stage(list(groups), ratios, seed)
+    _fill_empty(chosen, ratios)
     for name, ratio, members in zip(SPLITS, ratios, chosen, strict=True):
         if ratio > 0 and not members:
             raise _too_few(len(groups), f"ratio {ratio:g} leaves {name} empty", "--ratios")
@@ -82,8 +84,7 @@ def fold_items(items: Sequence[Item], folds: int, seed: int = 42) -> list[dict[s
         order = np.random.RandomState(seed).permutation(len(groups))
         keys = list(groups)
         parts = [[keys[i] for i in chunk] for chunk in np.array_split(order, folds)]
-    if not all(parts):
-        raise _too_few(len(groups), f"{folds} folds by these strata", "--folds")
+    _fill_empty(parts, (1 / folds,) * folds)
     pairs = []
     for part in parts:
         held = set(part)
@@ -182,6 +183,14 @@ def _stratified(groups: Mapping[str, list[Item]], ratios: Sequence[float], seed:
                 wanted[best][name] -= n
         left.difference_update(holders)
     return parts
+
+
+def _fill_empty(parts: list[list[str]], ratios: Sequence[float]) -> None:
+    """Move the group dealt last of the largest part into each empty part that has a share, while there are some."""
+    for part, ratio in zip(parts, ratios, strict=True):
+        largest = max(parts, key=len)
+        if ratio > 0 and not part and len(largest) > 1:
+            part.append(largest.pop())
 
 
 def _ids(groups: Mapping[str, list[Item]], keys: Sequence[str]) -> list[str]:

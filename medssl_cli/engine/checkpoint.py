@@ -173,6 +173,8 @@ def save(
             _write_tensors(temporary / MODEL, model)
             _write_tensors(temporary / OPTIMIZER, optimizer)
             _write_state(temporary, step, model, optimizer, facts)
+            for name in (MODEL, OPTIMIZER):  # safetensors makes files for the owner alone, against the umask
+                shutil.copymode(temporary / STATE, temporary / name)
             _remove(final)  # of the same step of the same run; the ones before it are still there
             publish_folder(temporary, final)
         finally:

@@ -45,11 +45,11 @@ class OptimConfig(Config):
     """How base_lr grows with the total batch."""
     patch_embed_lr_mult: NonNegativeFloat = 0.2
     """Further factor on the learning rate of the patch embedding."""
-    layerwise_decay: float = Field(0.9, gt=0, le=1)
+    layerwise_decay: float = Field(default=0.9, gt=0, le=1)
     """Factor on the learning rate from each block of the backbone to the one below it."""
-    adamw_beta1: float = Field(0.9, ge=0, lt=1)
+    adamw_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    adamw_beta2: float = Field(0.999, ge=0, lt=1)
+    adamw_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
 
 

@@ -27,9 +27,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from medssl_cli.core.errors import Interrupted, MedsslError, NonFiniteError, ResourceError
-from medssl_cli.core.protocols import Batch, SliceBatch
+from medssl_cli.core.protocols import Batch, Objective, SliceBatch
 from medssl_cli.core.run import seed_for
-from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, restore
+from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, Stateful, restore
 from medssl_cli.engine.optim import BACKBONE, apply_schedule, clip_gradients, first_bad_gradient, set_frozen
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.telemetry import StepRecord, Telemetry, peak_memory_gib
@@ -37,26 +37,8 @@ from medssl_cli.engine.telemetry import StepRecord, Telemetry, peak_memory_gib
 log = logging.getLogger(__name__)
 
 
-class TrainableObjective(Protocol):
+class TrainableObjective(Objective, Stateful, Protocol):
     """An Objective whose tensors can be saved; every Objective that is an ``nn.Module`` is one."""
-
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
-        """Weighted scalar terms of one batch."""
-
-    def after_step(self, values: Mapping[str, float]) -> None:
-        """Called once after each update."""
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """Sub-modules with their own gradient norm."""
-
-    def health(self) -> dict[str, float]:
-        """Figures about the last batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All tensors: student, teacher, centres."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
-        """Copy all tensors back."""
 
 
 class ScheduleValues(Protocol):

@@ -357,7 +357,7 @@ def plan_cases(request: ConvertRequest, series: Iterable[SeriesEntry], options: 
     studies: dict[tuple[str, str], list[SeriesEntry]] = {}
     for entry in series:
         studies.setdefault((entry.patient_id, entry.study_uid), []).append(entry)
-    known = {str(r["study_uid"]): str(r["case_id"]) for r in _records(request.out) if r.get("study_uid")}
+    known = {(str(r["patient_id"]), str(r["study_uid"])): str(r["case_id"]) for r in _records(request.out)}
     root = request.source.resolve()
     names = _patient_names({patient for patient, _ in studies}, options.pseudonyms)
     per_patient: dict[str, int] = {}
@@ -371,7 +371,8 @@ def plan_cases(request: ConvertRequest, series: Iterable[SeriesEntry], options: 
     for number, ((patient, study_uid), entries) in _numbered(ordered):
         shown_uid = study_uid if options.pseudonyms is None else options.pseudonyms.uid(study_uid)
         name = names[patient] if patient else _nameless(shown_uid or entries[0].paths[0])
-        case_id = known.get(shown_uid, "")
+        shown_patient = _shown_patient(patient, name, options.pseudonyms)
+        case_id = known.get((shown_patient, shown_uid), "")
         if not case_id:
             several = patient and per_patient[patient] > 1
             suffix = (entries[0].study_date or str(number)) if options.pseudonyms is None else str(number)
@@ -382,7 +383,7 @@ def plan_cases(request: ConvertRequest, series: Iterable[SeriesEntry], options: 
                 root=root.parent if root.is_file() else root,
                 out=request.out,
                 case_id=case_id,
-                patient_id=_shown_patient(patient, name, options.pseudonyms),
+                patient_id=shown_patient,
                 study_uid=shown_uid,
                 entries=tuple(entries),
                 options=options,
@@ -478,10 +479,10 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
     """The ``medssl`` part of every sidecar of ours, by case and stem."""
     if not out.is_dir():
         return
-    for path in sorted(out.glob("*/*.json")):
+    for path in sorted(out.glob("[!.]*/[!.]*.json")):  # hidden ones are half-written
         try:
             record = json.loads(path.read_text(encoding="utf-8"))["medssl"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if isinstance(record, dict) and record.get("case_id") == path.parent.name and record.get("digest"):
+        if isinstance(record, dict) and record.get("case_id") == path.parent.name and {"digest", "patient_id", "study_uid"} <= set(record):
             yield record

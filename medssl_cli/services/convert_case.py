@@ -21,10 +21,10 @@ from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import contained, digest_of, hide_home, write_json, write_text
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.dicom import SeriesEntry, SeriesFacts, quiet_pydicom, read_header, read_series
-from medssl_cli.data.dicom_engines import EngineResult, convert_files
+from medssl_cli.data.dicom_engines import EngineResult, convert_files, extract_frames
 from medssl_cli.data.dicom_gates import SeriesGeometry, VolumePlan, check_converted, check_series
 from medssl_cli.data.dicom_tags import Pseudonyms, kept_tags
-from medssl_cli.data.diffusion import ISOTROPIC, combine_directions, round_b
+from medssl_cli.data.diffusion import combine_directions, round_b
 from medssl_cli.data.images import read_header as read_nifti_header
 from medssl_cli.data.images import write_volume
 from medssl_cli.data.resample import is_label, resample_to
@@ -540,9 +540,6 @@ def _digest(task: CaseTask, plan: _Plan, grid_digest: str) -> str:
 
 def _read_volumes(task: CaseTask, plan: _Plan, work: Path) -> tuple[Volume, np.ndarray | None, str]:
     """The verified volume of a plan, gradient vectors (3, T) of a 4-D one, and how it was made."""
-    per_file = [file for volume in plan.geometry.volumes for file in volume.files]
-    if len(set(per_file)) < len(per_file):
-        return _from_multi_volume_file(task, plan, work)
     if plan.keep_4d:
         whole = _whole_series(task, plan, work)
         if whole is not None:
@@ -558,16 +555,33 @@ def _read_volumes(task: CaseTask, plan: _Plan, work: Path) -> tuple[Volume, np.n
 def _one(task: CaseTask, plan: _Plan, volume: VolumePlan, work: Path) -> EngineResult:
     files = [plan.facts.files[i] for i in volume.files]
     paths = [file.path for file in files]
+    if len(volume.frames) < sum(file.n_frames for file in files) and not plan.facts.is_mosaic:
+        paths = _extracted(plan, volume, work / "frames")
     result = convert_files(task.options.engine, paths, work, is_compressed=any(f.is_compressed for f in files))
     check_converted(result.volume, plan.geometry, task.options.engine)
     if result.volume.array.ndim != 3:
-        raise _wrong_count(task, 1, len(result.volume.array))
+        raise DataError(
+            f"{task.options.engine} made {len(result.volume.array)} volumes where the headers describe one.",
+            fix="try another --engine; the series was not written",
+            code="dicom_engine_disagrees",
+        )
     return result
+
+
+def _extracted(plan: _Plan, volume: VolumePlan, folder: Path) -> list[Path]:
+    """Files with the frames of one volume alone, out of multi-frame files that hold several."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    paths = []
+    for file in volume.files:
+        paths.append(folder / f"{file:06d}.dcm")
+        extract_frames(plan.facts.files[file].path, [f.index for f in volume.frames if f.file == file], paths[-1])
+    return paths
 
 
 def _whole_series(task: CaseTask, plan: _Plan, work: Path) -> EngineResult | None:
     """A 4-D series in one pass, when its order is proven: first and last volume are those of our own grouping."""
-    files = [plan.facts.files[i] for v in plan.volumes for i in v.files]
+    files = [plan.facts.files[i] for i in dict.fromkeys(i for v in plan.volumes for i in v.files)]
     try:
         result = convert_files(task.options.engine, [f.path for f in files], work)
         check_converted(result.volume, plan.geometry, task.options.engine)
@@ -584,43 +598,6 @@ def _whole_series(task: CaseTask, plan: _Plan, work: Path) -> EngineResult | Non
     if result.b_values is None or not np.allclose(result.b_values, ours, atol=1.0):
         return replace(result, b_values=None, b_vectors=None)
     return result
-
-
-def _from_multi_volume_file(task: CaseTask, plan: _Plan, work: Path) -> tuple[Volume, np.ndarray | None, str]:
-    """Volumes of a multi-frame file that holds several: the engine unpacks it, its b-values say which is which."""
-    files = plan.facts.files
-    is_compressed = any(f.is_compressed for f in files)
-    result = convert_files(task.options.engine, [f.path for f in files], work, is_compressed=is_compressed)
-    check_converted(result.volume, plan.geometry, task.options.engine)
-    array = result.volume.array
-    expected = plan.geometry.volumes
-    if array.ndim != 4 or len(array) != len(expected):
-        raise _wrong_count(task, len(expected), 1 if array.ndim == 3 else len(array))
-    if plan.keep_4d and len(plan.volumes) == len(expected):
-        return result.volume, result.b_vectors, "one multi-frame file"
-    stated = sorted(round_b(v.b) for v in expected if v.b is not None)
-    given = [] if result.b_values is None else [round_b(b) for b in result.b_values]
-    if plan.b is None or sorted(given) != stated:
-        raise DataError(
-            "A multi-frame file holds several volumes, and it is not certain which is which.",
-            where=f"b-values in the headers {stated}, from {task.options.engine} {given}",
-            fix="convert it with --all, which keeps it 4-D",
-            code="dicom_frames_ambiguous",
-        )
-    members = [array[i] for i, b in enumerate(given) if b == plan.b]
-    directions = [v.direction for v in plan.volumes]
-    if ISOTROPIC in directions and len(set(directions)) > 1:
-        raise _wrong_count(task, 1, len(members))
-    combined, how = combine_directions(members, directions)
-    return Volume(combined, result.volume.affine), None, how
-
-
-def _wrong_count(task: CaseTask, expected: int, given: int) -> DataError:
-    return DataError(
-        f"{task.options.engine} made {given} volumes where the headers describe {expected}.",
-        fix="try another --engine; the series was not written",
-        code="dicom_engine_disagrees",
-    )
 
 
 def _small_type(volume: Volume) -> Volume:

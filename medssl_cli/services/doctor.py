@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -61,7 +61,7 @@ SYMPTOMS = (
     (
         "Out of memory",
         "train.batch_size_per_gpu 8 to 4; student.arch base to small; crops.global_crops_size to a smaller multiple of "
-        "the patch size (14: 196, 182, 168); train.grad_checkpointing=true",
+        "the patch size (14: 196, 182, 168); student.grad_checkpointing=true",
     ),
     (
         "The loss is NaN",
@@ -200,17 +200,17 @@ def _check_packages(versions: dict[str, str | None], findings: list[Finding]) ->
         if version is None:
             findings.append(Finding(name in _IMPORTS, f"{name} is not installed.", f"pip install {name}"))
         elif name in _IMPORTS and name != "torch":
-            fault = _try(lambda name=name: importlib.import_module(_IMPORTS[name]))
+            fault = _import_fault(_IMPORTS[name])
             if fault:
                 findings.append(
                     Finding(True, f"{name} {version} does not load: {fault}", f"pip install --force-reinstall {name}")
                 )
 
 
-def _try(action: Callable[[], object]) -> str:
-    """Empty when it went well, else one line of what went wrong."""
+def _import_fault(module: str) -> str:
+    """Empty when the module loads, else one line of what went wrong."""
     try:
-        action()
+        importlib.import_module(module)
     except Exception as error:  # a broken package may raise anything; the report says what
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
@@ -218,7 +218,7 @@ def _try(action: Callable[[], object]) -> str:
 
 def _torch_facts(findings: list[Finding]) -> dict[str, Any]:
     nothing: dict[str, Any] = {"version": None, "cuda_build": None, "cuda_available": False, "devices": []}
-    fault = _try(lambda: importlib.import_module("torch"))
+    fault = _import_fault("torch")
     if fault:
         findings.append(Finding(True, f"torch does not load: {fault}", "pip install --force-reinstall torch"))
         return nothing
@@ -228,7 +228,7 @@ def _torch_facts(findings: list[Finding]) -> dict[str, Any]:
     if torch.version.cuda and not available:
         what = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers."
         findings.append(Finding(False, what, "check the driver with nvidia-smi; without a GPU --device cpu works"))
-    devices = [
+    devices: list[dict[str, Any]] = [
         {"device": "cpu", "name": platform.processor() or platform.machine(), "free_bytes": None, "total_bytes": None}
     ]
     for i in range(torch.cuda.device_count() if available else 0):

@@ -15,6 +15,7 @@ from typing import Any
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import claim_out_folder, hide_home, result_header, to_json, write_csv, write_json, write_text
 from medssl_cli.data.manifest import (
+    Owner,
     Table,
     case_ids,
     detect_kind,
@@ -31,6 +32,7 @@ from medssl_cli.data.manifest import (
     row_ids,
     say_some,
     split_digest,
+    table_owners,
 )
 from medssl_cli.data.split import DEFAULT_RATIOS, SPLITS, Item, check_ratios, fold_items, prevalence, split_items
 
@@ -79,7 +81,8 @@ class SplitResult:
             lines.append(f"  {name:<6}{part['n_items']:>7} cases {part['n_groups']:>7} groups   {shares}".rstrip())
         lines += [f"note: {note}" for note in r["notes"]]
         folds = f", fold_0 to fold_{r['folds'] - 1} and splits_final.json" if r["folds"] else ""
-        return "\n".join([*lines, f"written to {self.out}: train.csv, val.csv, test.csv{folds}, split_summary.json"])
+        files = ", ".join(f"{name}.csv" for name, count in r["counts"].items() if count)
+        return "\n".join([*lines, f"written to {self.out}: {files}{folds}, split_summary.json"])
 
     def to_json(self) -> str:
         """One strict JSON document."""
@@ -104,7 +107,7 @@ def split(
     Args:
         source: What to split.
         out: Folder for ``train.csv``, ``val.csv``, ``test.csv`` and ``split_summary.json``.
-        ratios: Shares of train, val and test.
+        ratios: Shares of train, val and test; a part whose share is 0 gets no file.
         seed: Of the draw.
         folds: Also ``fold_k/`` over train and val; the test part stays out of every fold.
         group_by: Column that tells the group, of the table itself, of ``labels`` or of ``cases.csv``.
@@ -154,11 +157,8 @@ def _read_source(
     kind = detect_kind(source)
     if kind == "table":
         return _of_table(source, group_by, pattern, stratify, labels)
-    return (
-        _of_cases(source, group_by, pattern, stratify, labels)
-        if kind == "cases"
-        else _of_images(source, group_by, pattern, stratify, labels)
-    )
+    of_tree = _of_cases if kind == "cases" else _of_images
+    return of_tree(source, group_by, pattern, stratify, labels)
 
 
 def _of_table(
@@ -188,30 +188,34 @@ def _of_cases(
     root: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
 ) -> Source:
     ids = case_ids(root)
-    owners = read_owners(root)
+    owners = {**({} if labels is None else table_owners(read_table(labels))), **read_owners(root)}
     table = _labels_table(root, labels, "cases")
-    groups, level = dict(zip(ids, ids, strict=True)), "case"
+    same = dict(zip(ids, ids, strict=True))
     if group_by:
-        groups, level = _column_for(ids, table, group_by, dict(zip(ids, ids, strict=True)), of_images=False), group_by
+        groups, level = _column_for(ids, table, group_by, same, of_images=False), group_by
     elif pattern:
         groups, level = groups_by_pattern(ids, pattern), f"pattern {pattern}"
-    elif any(name in owners and owners[name].patient_id for name in ids):
-        groups, level = (
-            {name: owners[name].patient_id or name if name in owners else name for name in ids},
-            "patient_id",
-        )
-    elif any(name in owners and owners[name].study_uid for name in ids):
-        groups, level = {name: owners[name].study_uid or name if name in owners else name for name in ids}, "study_uid"
-    strata = _strata_of_tree(ids, table, stratify, dict(zip(ids, ids, strict=True)), of_images=False)
+    else:
+        groups, level = _owner_groups(ids, owners)
+    strata = _strata_of_tree(ids, table, stratify, same, of_images=False)
     items = tuple(Item(name, groups[name], strata[name]) for name in ids)
     return Source(items, level, ("patient_id",), {name: (name,) for name in ids}, _unowned(ids, owners, level))
 
 
-def _unowned(ids: Sequence[str], owners: Mapping[str, Any], level: str) -> tuple[str, ...]:
+def _owner_groups(ids: Sequence[str], owners: Mapping[str, Owner]) -> tuple[dict[str, str], str]:
+    """Group of each case and what it is: the patient if one is known, else the study, else the case itself."""
+    patients = {name: owners.get(name, Owner()).patient_id for name in ids}
+    studies = {name: owners.get(name, Owner()).study_uid for name in ids}
+    for level, known in (("patient_id", patients), ("study_uid", studies)):
+        if any(known.values()):
+            return {name: known[name] or name for name in ids}, level
+    return dict(zip(ids, ids, strict=True)), "case"
+
+
+def _unowned(ids: Sequence[str], owners: Mapping[str, Owner], level: str) -> tuple[str, ...]:
     alone = [name for name in ids if name not in owners] if level in ("patient_id", "study_uid") else []
-    return (
-        f"{len(alone)} cases are not in cases.csv and count as patients of their own: {say_some(alone, 3)}",
-    ) * bool(alone)
+    text = f"{len(alone)} cases are in no table of patients and count as patients of their own: {say_some(alone, 3)}"
+    return (text,) if alone else ()
 
 
 def _of_images(
@@ -231,12 +235,12 @@ def _of_images(
         groups, level = _column_for(ids, table, column, given, of_images=True), column
     folder_labels = {case.case_id: case.label for case in cases}
     if stratify == "label" and table is None and any(folder_labels.values()):
-        strata = {name: (f"label={label}",) for name, label in folder_labels.items()}
+        strata: dict[str, tuple[str, ...]] = {name: (f"label={label}",) for name, label in folder_labels.items()}
     else:
         strata = _strata_of_tree(ids, table, stratify, given, of_images=True)
     items = tuple(Item(name, groups[name], strata[name]) for name in ids)
     before = {case.split for case in cases} - {""}
-    notes = (f"the folders {', '.join(sorted(before))} of the tree were not taken as a split",) * bool(before)
+    notes = (f"the folders {', '.join(sorted(before))} of the tree were not taken as a split",) if before else ()
     if level == "case":
         return Source(items, level, ("patient_id",), {name: (name,) for name in ids}, notes)
     return Source(items, level, ("patient_id", "group"), {name: (name, groups[name]) for name in ids}, notes)
@@ -245,8 +249,10 @@ def _of_images(
 def _labels_table(root: Path, labels: Path | None, kind: str) -> Table | None:
     if labels is not None:
         return read_table(labels)
-    own = root / "cases.csv"
-    return read_table(own) if kind == "cases" and own.is_file() else None
+    for own in (root / "labels.csv", root / "cases.csv"):
+        if kind == "cases" and own.is_file():
+            return read_table(own)
+    return None
 
 
 def _image_keys(root: Path, table: Table | None, ids: Sequence[str]) -> dict[str, str]:
@@ -338,7 +344,10 @@ def _write(
             shutil.rmtree(stale)
     (out / "splits_final.json").unlink(missing_ok=True)
     for name in SPLITS:
-        _write_ids(out / f"{name}.csv", what, parts[name])
+        if parts[name]:
+            _write_ids(out / f"{name}.csv", what, parts[name])
+        else:  # a list without ids would be refused by whoever reads it
+            (out / f"{name}.csv").unlink(missing_ok=True)
     for k, pair in enumerate(pairs):
         for name, ids in pair.items():
             _write_ids(out / f"fold_{k}" / f"{name}.csv", what, ids)

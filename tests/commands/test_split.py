@@ -48,6 +48,15 @@ def test_p08_case_tree(tmp_path: Path) -> None:
     assert (tmp_path / "split" / "train.csv").read_bytes() == before
 
 
+def test_a_part_without_share_has_no_file(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 10)
+    assert medssl(root, "--out", tmp_path / "s")[0] == 0
+    code, out, _ = medssl(root, "--out", tmp_path / "s", "--ratios", 0.8, 0.2, 0)
+    assert code == 0
+    assert "test.csv" not in out
+    assert sorted(p.name for p in (tmp_path / "s").glob("*.csv")) == ["train.csv", "val.csv"]
+
+
 def test_split_inside_the_tree_is_no_case(tmp_path: Path) -> None:
     root = tree(tmp_path / "data", 10)
     for _ in range(2):
@@ -111,6 +120,22 @@ def test_cases_csv_gives_the_patients(tmp_path: Path) -> None:
     text = (root / "cases.csv").read_text().replace("patient_id", "nothing")
     (root / "cases.csv").write_text(text)
     assert json.loads(medssl(root, "--out", tmp_path / "s", "--json")[1])["group_by"] == "study_uid"
+
+
+def test_labels_csv_of_the_tree_gives_patients_and_strata(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 20)
+    lines = [f"{i:03d},p{i // 2},{i // 2 % 2}" for i in range(20)]
+    text = "case_id,patient_id,label\n" + "\n".join(lines) + "\n"
+    (root / "labels.csv").write_text(text)
+    code, out, err = medssl(root, "--out", tmp_path / "s", "--stratify", "label", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["group_by"], json.loads(out)["n_groups"]) == ("patient_id", 10)
+    (root / "labels.csv").rename(tmp_path / "labels.csv")
+    code, out, _ = medssl(root, "--out", tmp_path / "t", "--labels", tmp_path / "labels.csv", "--json")
+    assert json.loads(out)["n_groups"] == 10
+    (tmp_path / "labels.csv").write_text("\n".join(text.splitlines()[:4]))
+    code, out, _ = medssl(root, "--out", tmp_path / "t", "--labels", tmp_path / "labels.csv")
+    assert "17 cases are in no table of patients" in out
 
 
 def test_labels_of_a_tree(tmp_path: Path) -> None:

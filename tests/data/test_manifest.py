@@ -229,6 +229,11 @@ def test_cases_csv_tells_patient_and_study(tmp_path: Path) -> None:
     csv_file(root / "cases.csv", text + "p1_s1,p2,1.2,roi\n")
     with pytest.raises(DataError, match="two patients"):
         read_owners(root)
+    (root / "cases.csv").unlink()
+    csv_file(root / "labels.csv", "case_id,patient,label\np1_s1,p1,0\np1_s2,p1,1\n")
+    assert [c.patient_id for c in read_cases(root, ("ax_t2wi",))] == ["p1", "p1", "x"]
+    csv_file(root / "labels.csv", "patient_id,label\np1_s1,0\np1_s2,1\n")
+    assert read_owners(root) == {}
 
 
 # --- image trees and tables ------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def test_round_trip_of_tensors_and_facts(tmp_path: Path) -> None:
     path = save(tmp_path, 12, 0.25)
     assert path == tmp_path / "step_0000012"
     assert sorted(p.name for p in path.iterdir()) == [MODEL, OPTIMIZER, STATE]
+    (tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}  # as the umask says
     found = read_latest(tmp_path)
     assert found is not None
     assert (found.step, found.config, found.sequence_names, found.extra) == (12, {"a": 1}, ["t2"], {"best": 0.5})

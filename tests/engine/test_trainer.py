@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medssl_cli.core.errors import CheckpointError, DataError, Interrupted, MedsslError, NonFiniteError, ResourceError
 from medssl_cli.core.protocols import Batch, SliceBatch
+from medssl_cli.core.run import seed_for
 from medssl_cli.engine.checkpoint import optimizer_tensors, read_latest
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.schedules import Schedules
@@ -118,6 +119,21 @@ def test_r01_sigkill_sigterm_and_resume_in_new_processes(tmp_path: Path, python:
     assert again.steps_done == 20
     assert_same(state(again), state(straight))
     assert logged(out) == logged(tmp_path / "straight")
+
+
+def test_each_micro_batch_draws_by_its_own_seed() -> None:
+    drawn: dict[tuple[int, int], float] = {}
+
+    def drawing_views(batch: SliceBatch, step: int, micro: int) -> Batch:
+        drawn[step, micro] = torch.rand(()).item()
+        return views(batch, step, micro)
+
+    trainer(None, steps=3, accumulation=2, seed=11, views=drawing_views).fit()
+    assert list(drawn) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for (step, micro), value in drawn.items():
+        generator = torch.Generator().manual_seed(seed_for(11, "step", step, micro, 0))
+        assert value == torch.rand((), generator=generator).item()
+    assert len(set(drawn.values())) == 6
 
 
 class Cases(Dataset):
@@ -637,3 +653,62 @@ def test_log_checkpoint_and_json_of_a_whole_run(tmp_path: Path, caplog: pytest.L
         "last", "step_0000010", "step_0000015", "step_0000020",
     ]  # fmt: skip
     assert any(message.startswith("[20/20]  eta 0:00:00") for message in caplog.messages)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import os, signal, sys, warnings
+from pathlib import Path
+import torch, torch.distributed
+torch.set_num_threads(1)
+from engine_stub import trainer, views
+from medssl_cli.core.errors import MedsslError
+
+out, kind = Path(sys.argv[1]), sys.argv[2]
+rank = 1 if os.fork() == 0 else 0
+
+def spoiling(batch, step, micro):
+    if rank == 1 and step == 6:
+        if kind == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            batch.images_BSHW[0] = float("nan")
+    return views(batch, step, micro)
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
+try:
+    trainer(out if rank == 0 else None, views=spoiling).fit()
+    code = 0
+except MedsslError as error:
+    (out.parent / f"{kind}{rank}.txt").write_text(str(error))
+    code = error.exit_code
+torch.distributed.destroy_process_group()
+if rank == 1:
+    os._exit(code)
+other = os.waitstatus_to_exitcode(os.wait()[1])
+print(code, other)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path, python: Callable[..., Any]) -> None:
+    answer = python(TWO_PROCESSES, tmp_path / "run", "signal")
+    assert answer.stdout == "75 75\n", answer.stderr
+    assert "A signal to another process came after step 7" in (tmp_path / "signal0.txt").read_text()
+    assert "SIGTERM came after step 7" in (tmp_path / "signal1.txt").read_text()
+    newest = read_latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.step == 7
+    assert logged(tmp_path / "run")[-1]["current_batch_size"] == 8
+
+
+@pytest.mark.slow
+def test_r06_non_finite_in_one_process_stops_both(tmp_path: Path, python: Callable[..., Any]) -> None:
+    answer = python(TWO_PROCESSES, tmp_path / "run", "nan")
+    assert answer.stdout == "5 5\n", answer.stderr
+    assert "Another process met a non-finite value in step 7" in (tmp_path / "nan0.txt").read_text()
+    assert "whose own image is not finite: PT-006-0-0" in (tmp_path / "nan1.txt").read_text()
+    newest = read_latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.step == 5

@@ -189,6 +189,17 @@ def test_t14_positions_equal_torchs_interpolation(antialias: bool, grid: tuple[i
     torch.testing.assert_close(grad, other, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (16, 8), (7, 21)])
+def test_t14_offset_positions_equal_torchs_scale_factor(grid: tuple[int, int]) -> None:
+    """The historic form scales both axes, even one whose size stays."""
+    stored = torch.randn(1, 256, 3, generator=torch.Generator().manual_seed(0))
+    square = stored.view(1, 16, 16, 3).permute(0, 3, 1, 2)
+    scale = tuple((side + 0.1) / 16 for side in grid)
+    expected = torch.nn.functional.interpolate(square, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+    found = resize_positions(stored, grid, offset=0.1, antialias=False)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_t14_resize_rule_follows_the_registers() -> None:
     assert (small().interpolate_offset, small().interpolate_antialias) == (0.1, False)
     with_registers = small(num_register_tokens=2)
