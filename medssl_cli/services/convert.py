@@ -484,5 +484,9 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(path.read_text(encoding="utf-8"))["medssl"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if isinstance(record, dict) and record.get("case_id") == path.parent.name and {"digest", "patient_id", "study_uid"} <= set(record):
+        if (
+            isinstance(record, dict)
+            and record.get("case_id") == path.parent.name
+            and {"digest", "patient_id", "study_uid"} <= set(record)
+        ):
             yield record

@@ -26,7 +26,14 @@ _TURN = np.radians(20)
 _TIP = np.radians(-23)
 OBLIQUE = tuple(
     round(float(v), 9)
-    for v in (np.cos(_TURN), np.sin(_TURN), 0, -np.sin(_TURN) * np.cos(_TIP), np.cos(_TURN) * np.cos(_TIP), np.sin(_TIP))
+    for v in (
+        np.cos(_TURN),
+        np.sin(_TURN),
+        0,
+        -np.sin(_TURN) * np.cos(_TIP),
+        np.cos(_TURN) * np.cos(_TIP),
+        np.sin(_TIP),
+    )
 )
 """Axes of an axial stack turned by 20 degrees and tipped by 23."""
 
@@ -267,7 +274,8 @@ def test_r10_mixed_sizes_and_spacing(tmp_path: Path, write_dicom: Writer) -> Non
 
 
 @pytest.mark.parametrize(
-    "keyword", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "StudyInstanceUID"]
+    "keyword",
+    ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "StudyInstanceUID"],
 )
 def test_r10_missing_tag(tmp_path: Path, write_dicom: Writer, keyword: str) -> None:
     write_dicom(tmp_path, per_slice=lambda k: {keyword: None} if k == 2 else {})
@@ -315,7 +323,9 @@ def test_r10_gantry_tilt_in_the_tag_alone(tmp_path: Path, write_dicom: Writer) -
 
 
 def test_r10_colour_images(tmp_path: Path, write_dicom: Writer) -> None:
-    write_dicom(tmp_path, SamplesPerPixel=3, PhotometricInterpretation="RGB", PixelData=b"\0" * 480, PlanarConfiguration=0)
+    write_dicom(
+        tmp_path, SamplesPerPixel=3, PhotometricInterpretation="RGB", PixelData=b"\0" * 480, PlanarConfiguration=0
+    )
     assert refusal(tmp_path).code == "dicom_colour"
 
 

@@ -11,7 +11,9 @@ from medssl_cli.core.volume import Volume
 from medssl_cli.data.resample import is_label, register_affine, resample_to, transform_matrix
 
 
-def grid(shape: tuple[int, int, int], spacing: tuple[float, float, float], centre: tuple[float, float, float]) -> np.ndarray:
+def grid(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], centre: tuple[float, float, float]
+) -> np.ndarray:
     """LAS affine of a grid with spacing (z, y, x) whose middle lies at ``centre`` (x, y, z) mm."""
     affine = np.diag([-spacing[2], spacing[1], spacing[0], 1.0])
     affine[:3, 3] = np.array(centre) - affine[:3, :3] @ ((np.array(shape[::-1]) - 1) / 2)
@@ -56,7 +58,9 @@ def test_linear_values_equal_scipy() -> None:
     source = Volume(rng.normal(size=(9, 10, 11)).astype(np.float32), grid((9, 10, 11), (2, 1.5, 1.2), (0, 0, 0)))
     target = Volume(np.zeros((7, 8, 6), np.float32), grid((7, 8, 6), (1.7, 1.1, 1.3), (0.4, -0.3, 0.2)))
     moved = resample_to(source, target)
-    index = np.linalg.inv(source.affine) @ np.vstack([world(target.shape, target.affine).reshape(3, -1), np.ones(7 * 8 * 6)])
+    index = np.linalg.inv(source.affine) @ np.vstack(
+        [world(target.shape, target.affine).reshape(3, -1), np.ones(7 * 8 * 6)]
+    )
     expected = ndimage.map_coordinates(source.array.astype(float), index[2::-1], order=1).reshape(7, 8, 6)
     np.testing.assert_allclose(moved.array, expected, atol=1e-5)
 
@@ -97,12 +101,16 @@ def test_places_apart_are_refused() -> None:
     assert "[298, 302]" in caught.value.where
 
 
-@pytest.mark.parametrize(("stem", "expected"), [("roi_Prostate", True), ("lesion-mask", True), ("ax_t2wi", False), ("segment", False)])
+@pytest.mark.parametrize(
+    ("stem", "expected"), [("roi_Prostate", True), ("lesion-mask", True), ("ax_t2wi", False), ("segment", False)]
+)
 def test_label_maps_are_known_by_name(stem: str, expected: bool) -> None:
     assert is_label(stem) is expected
 
 
-def blobs(shape: tuple[int, int, int], affine: np.ndarray, shift: tuple[float, float, float], *, inverted: bool) -> Volume:
+def blobs(
+    shape: tuple[int, int, int], affine: np.ndarray, shift: tuple[float, float, float], *, inverted: bool
+) -> Volume:
     """Twelve balls with edges of 2 mm; ``inverted`` is another contrast of the same thing."""
     rng = np.random.default_rng(4)
     image = np.zeros(shape)

@@ -13,12 +13,16 @@ from medssl_cli.data.dicom import Frame, Plane, SeriesEntry, SeriesFacts
 from medssl_cli.data.series_rules import diffusion_stem, parse_mapping, preference, read_mapping
 
 
-def entry(description: str, image_type: str = "ORIGINAL\\PRIMARY\\M", modality: str = "MR", number: str = "3") -> SeriesEntry:
+def entry(
+    description: str, image_type: str = "ORIGINAL\\PRIMARY\\M", modality: str = "MR", number: str = "3"
+) -> SeriesEntry:
     tags = {"SeriesDescription": [description], "ImageType": [image_type], "Modality": [modality]}
     return SeriesEntry("1.2", f"1.2.{number}", number, "P", "", "", tags, ["a"])
 
 
-def facts(series: SeriesEntry, plane: str = "axial", n: int = 20, time: str = "", *, is_original: bool = True) -> SeriesFacts:
+def facts(
+    series: SeriesEntry, plane: str = "axial", n: int = 20, time: str = "", *, is_original: bool = True
+) -> SeriesFacts:
     axes = {
         "axial": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
         "coronal": ((1.0, 0.0, 0.0), (0.0, 0.0, -1.0)),
@@ -159,7 +163,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(["ax_t2wi", "not", "plane", "b", "min_slices", "Modality", "sequences", "mappings"]) | st.text(max_size=8)
+keys = st.sampled_from(["ax_t2wi", "not", "plane", "b", "min_slices", "Modality", "sequences", "mappings"]) | st.text(
+    max_size=8
+)
 
 
 @settings(max_examples=150, deadline=None)

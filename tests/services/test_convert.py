@@ -44,7 +44,12 @@ def convert(tmp_path: Path) -> Callable[..., ConvertResult]:
     mapping.write_text(MAPPING)
 
     def run(**changes: Any) -> ConvertResult:
-        values: dict[str, Any] = {"source": tmp_path / "src", "out": tmp_path / "out", "mapping": str(mapping), "workers": 0}
+        values: dict[str, Any] = {
+            "source": tmp_path / "src",
+            "out": tmp_path / "out",
+            "mapping": str(mapping),
+            "workers": 0,
+        }
         return convert_dicom(ConvertRequest(**{**values, **changes}))
 
     return run
@@ -75,7 +80,7 @@ def world_equal(given: Volume, reference: Volume) -> None:
 
 def study(source: Path, write_dicom: Writer, patient: str = "P1", **tags: Any) -> dict[str, Volume]:
     """T2, ADC and two b-values in one series, of one patient."""
-    common = {"PatientID": patient, "StudyInstanceUID": f"1.9.{sum(map(ord, patient))}", **tags}
+    common = {"PatientID": patient, "StudyInstanceUID": f"1.9.{int.from_bytes(patient.encode(), 'big')}", **tags}
     root = common["StudyInstanceUID"]
     made = {
         "ax_t2wi": write_dicom(source / patient / "t2", SeriesInstanceUID=f"{root}.1", SeriesNumber=2, **common),
@@ -110,9 +115,17 @@ def study(source: Path, write_dicom: Writer, patient: str = "P1", **tags: Any) -
 # --- the tree --------------------------------------------------------------------------------------------------------
 
 
-def test_case_tree_tables_and_sidecars(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_case_tree_tables_and_sidecars(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     made = study(tmp_path / "src", write_dicom)
-    write_dicom(tmp_path / "src/P1/t1", SeriesInstanceUID="1.2.90", SeriesDescription="t1 vibe", StudyInstanceUID="1.9.129", PatientID="P1")
+    write_dicom(
+        tmp_path / "src/P1/t1",
+        SeriesInstanceUID="1.2.90",
+        SeriesDescription="t1 vibe",
+        StudyInstanceUID="1.9.20529",
+        PatientID="P1",
+    )
     result = convert()
     assert result.error is None
     out = tmp_path / "out"
@@ -125,16 +138,16 @@ def test_case_tree_tables_and_sidecars(tmp_path: Path, write_dicom: Writer, conv
     assert table[3] == {
         "case_id": "P1",
         "patient_id": "P1",
-        "study_uid": "1.9.129",
+        "study_uid": "1.9.20529",
         "stem": "ax_t2wi",
         "path": "P1/ax_t2wi.nii.gz",
-        "series_uid": "1.9.129.1",
+        "series_uid": "1.9.20529.1",
         "n_slices": "6",
         "spacing": "3 0.8 0.7",
     }
     sidecar = json.loads((out / "P1" / "ax_dwi_b800.json").read_text())
     assert (sidecar["DiffusionBValue"], sidecar["PatientID"], sidecar["EchoTime"]) == (800, "P1", 100.0)
-    assert sidecar["medssl"]["series_uid"] == "1.9.129.3"
+    assert sidecar["medssl"]["series_uid"] == "1.9.20529.3"
     report = json.loads((out / "convert_report.json").read_text())
     assert {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"} <= set(report)
     assert (report["n_converted"], report["n_failed"], report["n_unmatched"]) == (4, 0, 1)
@@ -153,7 +166,9 @@ def test_other_engines_write_the_same_volumes(
         world_equal(read_volume(tmp_path / "out/P1" / f"{stem}.nii.gz"), volume)
 
 
-def test_all_converts_the_rest_and_keeps_4d(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_all_converts_the_rest_and_keeps_4d(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     for i, b in enumerate((0.0, 700.0, 700.0)):
         write_dicom(
             tmp_path / "src",
@@ -166,7 +181,13 @@ def test_all_converts_the_rest_and_keeps_4d(tmp_path: Path, write_dicom: Writer,
             DiffusionBValue=b,
             DiffusionGradientOrientation=[float(i == 1), float(i == 2), 0.0] if b else None,
         )
-    write_dicom(tmp_path / "src/loc", SeriesInstanceUID="1.2.6", SeriesNumber=1, SeriesDescription="localizer", per_slice=lambda k: {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]} if k > 2 else {})
+    write_dicom(
+        tmp_path / "src/loc",
+        SeriesInstanceUID="1.2.6",
+        SeriesNumber=1,
+        SeriesDescription="localizer",
+        per_slice=lambda k: {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]} if k > 2 else {},
+    )
     with pytest.raises(DataError, match="No series fits"):
         convert()
     result = convert(convert_all=True)
@@ -177,7 +198,9 @@ def test_all_converts_the_rest_and_keeps_4d(tmp_path: Path, write_dicom: Writer,
     assert [u["reason"] for u in result.unmatched] == ["a localizer: its images have several orientations"]
 
 
-def test_three_directions_become_one_image(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_three_directions_become_one_image(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     made = [
         write_dicom(
             tmp_path / "src",
@@ -198,7 +221,9 @@ def test_three_directions_become_one_image(tmp_path: Path, write_dicom: Writer, 
     assert "geometric mean of 3 directions" in sidecar["medssl"]["made"]
 
 
-def test_enhanced_file_of_two_b_values_is_split(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_enhanced_file_of_two_b_values_is_split(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     volume = write_dicom(tmp_path / "classic")
     image = pydicom.dcmread(tmp_path / "classic/im001.dcm")
     arrays = [np.random.default_rng(i).integers(0, 2000, volume.array.shape).astype(np.uint16) for i in range(2)]
@@ -232,9 +257,19 @@ def test_enhanced_file_of_two_b_values_is_split(tmp_path: Path, write_dicom: Wri
     assert convert(convert_all=True, mapping=None, out=tmp_path / "all").error is None
 
 
-def test_time_series_named_by_a_rule_stays_4d(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_time_series_named_by_a_rule_stays_4d(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     made = [
-        write_dicom(tmp_path / "src", seed=i, name=f"v{i}", first_instance=1 + 6 * i, SeriesInstanceUID="1.2.5", SeriesDescription="dyn", TemporalPositionIdentifier=i + 1)
+        write_dicom(
+            tmp_path / "src",
+            seed=i,
+            name=f"v{i}",
+            first_instance=1 + 6 * i,
+            SeriesInstanceUID="1.2.5",
+            SeriesDescription="dyn",
+            TemporalPositionIdentifier=i + 1,
+        )
         for i in range(3)
     ]
     assert convert().error is None
@@ -242,9 +277,13 @@ def test_time_series_named_by_a_rule_stays_4d(tmp_path: Path, write_dicom: Write
     world_equal(given, Volume(np.stack([v.array for v in made]), made[0].affine))
 
 
-def test_choice_among_several_series_is_told(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_among_several_series_is_told(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], caplog: pytest.LogCaptureFixture
+) -> None:
     first = write_dicom(tmp_path / "src/a", SeriesInstanceUID="1.2.5", SeriesNumber=4)
-    longer = write_dicom(tmp_path / "src/b", n_slices=8, seed=3, SeriesInstanceUID="1.2.6", SeriesNumber=6, SeriesDescription="t2 again")
+    longer = write_dicom(
+        tmp_path / "src/b", n_slices=8, seed=3, SeriesInstanceUID="1.2.6", SeriesNumber=6, SeriesDescription="t2 again"
+    )
     with caplog.at_level("INFO"):
         result = convert()
     world_equal(read_volume(tmp_path / "out/PAT-1/ax_t2wi.nii.gz"), longer)
@@ -253,7 +292,9 @@ def test_choice_among_several_series_is_told(tmp_path: Path, write_dicom: Writer
     assert first.shape != longer.shape
 
 
-def test_copies_of_a_series_in_two_folders_give_one_volume(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_copies_of_a_series_in_two_folders_give_one_volume(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     volume = write_dicom(tmp_path / "src/a")
     shutil.copytree(tmp_path / "src/a", tmp_path / "src/b")
     assert convert().error is None
@@ -269,7 +310,9 @@ def test_one_file_may_be_the_source(real_data: Path, tmp_path: Path) -> None:
 # --- case ids --------------------------------------------------------------------------------------------------------
 
 
-def test_several_studies_of_a_patient_are_cases_of_their_own(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_several_studies_of_a_patient_are_cases_of_their_own(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     for i, (patient, date) in enumerate((("A", "20200101"), ("A", "20210202"), ("A", "20210202"), ("B", "20200101"))):
         write_dicom(tmp_path / f"src/{i}", seed=i, PatientID=patient, StudyDate=date, StudyInstanceUID=f"1.7.{i}")
     convert()
@@ -282,7 +325,9 @@ def test_several_studies_of_a_patient_are_cases_of_their_own(tmp_path: Path, wri
     ]
 
 
-def test_a_case_id_stays_when_another_study_arrives(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_a_case_id_stays_when_another_study_arrives(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     write_dicom(tmp_path / "src/0", PatientID="A", StudyDate="20200101", StudyInstanceUID="1.7.0")
     convert()
     write_dicom(tmp_path / "src/1", seed=1, PatientID="A", StudyDate="20210101", StudyInstanceUID="1.7.1")
@@ -290,9 +335,22 @@ def test_a_case_id_stays_when_another_study_arrives(tmp_path: Path, write_dicom:
     assert [(o.case_id, o.status) for o in result.outputs] == [("A", "up_to_date"), ("A_20210101", "converted")]
 
 
+def test_two_patients_with_one_study_uid_stay_two(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
+    for i, patient in enumerate("AB"):
+        write_dicom(tmp_path / f"src/{i}", seed=i, PatientID=patient, StudyInstanceUID="1.7.0")
+    assert [o.case_id for o in convert().outputs] == ["A", "B"]
+    assert [(o.case_id, o.status) for o in convert().outputs] == [("A", "up_to_date"), ("B", "up_to_date")]
+
+
 @pytest.mark.filterwarnings("ignore:The value length:UserWarning")  # the writer's, of 300 characters
-@pytest.mark.parametrize("patient", ["../../evil", "/etc/x", "a" * 300, "Müller Ümit", "..", "IRC - Slice", "<script>", "."])
-def test_r13_patient_ids_never_leave_the_folder(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], patient: str) -> None:
+@pytest.mark.parametrize(
+    "patient", ["../../evil", "/etc/x", "a" * 300, "Müller Ümit", "..", "IRC - Slice", "<script>", "."]
+)
+def test_r13_patient_ids_never_leave_the_folder(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], patient: str
+) -> None:
     write_dicom(tmp_path / "src", PatientID=patient, SpecificCharacterSet="ISO_IR 192")
     result = convert()
     case_id = result.outputs[0].case_id
@@ -302,7 +360,9 @@ def test_r13_patient_ids_never_leave_the_folder(tmp_path: Path, write_dicom: Wri
     assert rows(tmp_path / "out/cases.csv")[0]["patient_id"] == patient.strip()
 
 
-def test_r13_patients_whose_safe_names_are_equal_stay_two(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_r13_patients_whose_safe_names_are_equal_stay_two(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     for i, patient in enumerate(("a/b", "a:b", "A_B", "")):
         write_dicom(tmp_path / f"src/{i}", seed=i, PatientID=patient, StudyInstanceUID=f"1.7.{i}")
     result = convert()
@@ -311,7 +371,9 @@ def test_r13_patients_whose_safe_names_are_equal_stay_two(tmp_path: Path, write_
     assert sum(i.startswith("unknown-") for i in ids) == 1
 
 
-def test_r13_a_link_out_of_the_output_folder_is_refused(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_r13_a_link_out_of_the_output_folder_is_refused(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     convert()
     shutil.rmtree(tmp_path / "out/P1")
@@ -383,7 +445,11 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__.removeprefix("damage_"))
 @pytest.mark.parametrize("engine", ["dcm2niix", "dicom2nifti", "simpleitk"])
 def test_r10_no_wrong_volume_is_written(
-    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], damage: Callable[[Path], None], engine: str
+    tmp_path: Path,
+    write_dicom: Writer,
+    convert: Callable[..., ConvertResult],
+    damage: Callable[[Path], None],
+    engine: str,
 ) -> None:
     made = study(tmp_path / "src", write_dicom)
     damage(tmp_path / "src/P1/t2")
@@ -399,7 +465,7 @@ def test_r10_no_wrong_volume_is_written(
     assert "series 2 t2_tse_tra for ax_t2wi" in row["reason"]
     assert row["fix"]
     (failure,) = json.loads((tmp_path / "out/convert_report.json").read_text())["failures"]
-    assert (failure["series_uid"], failure["series_number"]) == ("1.9.129.1", "2")
+    assert (failure["series_uid"], failure["series_number"]) == ("1.9.20529.1", "2")
 
 
 def test_stop_ends_after_the_first_bad_case_and_keeps_the_good_ones(
@@ -429,7 +495,9 @@ def test_a_good_output_stays_when_its_source_is_damaged_later(
     assert {k: v for k, v in tree(tmp_path / "out").items() if k != "failures.csv"} == before
 
 
-def test_unreadable_files_without_any_series_are_listed(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_unreadable_files_without_any_series_are_listed(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     (tmp_path / "src/lost").mkdir()
     (tmp_path / "src/lost/im.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0")
@@ -450,7 +518,9 @@ def test_burst_of_unknown_b_value_is_refused_and_a_named_one_is_used(
     assert [f.code for f in result.failures] == ["dicom_no_b_value"]
 
 
-def test_requests_that_cannot_be_met(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_requests_that_cannot_be_met(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     with pytest.raises(DataError, match="source is missing"):
         convert()
     (tmp_path / "src").mkdir()
@@ -480,7 +550,9 @@ def test_requests_that_cannot_be_met(tmp_path: Path, write_dicom: Writer, conver
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
-def test_t17_every_sequence_takes_the_grid_of_the_reference(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_t17_every_sequence_takes_the_grid_of_the_reference(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     made = study(tmp_path / "src", write_dicom)
     assert convert(reference="ax_t2wi").error is None
     reference = read_volume(tmp_path / "out/P1/ax_t2wi.nii.gz")
@@ -502,7 +574,9 @@ def test_t17_every_sequence_takes_the_grid_of_the_reference(tmp_path: Path, writ
     assert read_volume(tmp_path / "out/P1/ax_adc.nii.gz").shape == (6, 5, 6)
 
 
-def test_without_the_reference_nothing_of_the_case_is_written(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_without_the_reference_nothing_of_the_case_is_written(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     damage_missing_slice(tmp_path / "src/P1/t2")
     result = convert(reference="ax_t2wi", on_error="skip")
@@ -513,7 +587,9 @@ def test_without_the_reference_nothing_of_the_case_is_written(tmp_path: Path, wr
 # --- running again, interruption, workers ------------------------------------------------------------------------------
 
 
-def test_running_again_does_only_what_is_new_or_changed(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_running_again_does_only_what_is_new_or_changed(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     convert()
     first = tree(tmp_path / "out")
@@ -536,13 +612,17 @@ def test_dry_run_writes_nothing(tmp_path: Path, write_dicom: Writer, convert: Ca
     study(tmp_path / "src", write_dicom)
     damage_missing_slice(tmp_path / "src/P1/t2")
     result = convert(dry_run=True, on_error="skip")
-    assert [(o.stem, o.status) for o in result.outputs] == [(s, "planned") for s in ("ax_adc", "ax_dwi_b50", "ax_dwi_b800")]
+    assert [(o.stem, o.status) for o in result.outputs] == [
+        (s, "planned") for s in ("ax_adc", "ax_dwi_b50", "ax_dwi_b800")
+    ]
     assert [f.code for f in result.failures] == ["dicom_uneven_slices"]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_worker_processes_change_nothing(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_worker_processes_change_nothing(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     for patient in ("P1", "P2", "P3"):
         study(tmp_path / "src", write_dicom, patient)
     convert(reference="ax_t2wi")
@@ -559,8 +639,19 @@ def test_r16_interrupted_conversion_ends_as_an_undisturbed_one(
         study(tmp_path / "src", write_dicom, f"P{i:02d}")
     convert(out=tmp_path / "undisturbed")
     out = tmp_path / "out"
-    words = ["convert", "dicom", str(tmp_path / "src"), str(out), "--mapping", str(tmp_path / "mapping.yaml"), "--workers", "0"]
-    process = subprocess.Popen([sys.executable, "-m", "medssl_cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [
+        "convert",
+        "dicom",
+        str(tmp_path / "src"),
+        str(out),
+        "--mapping",
+        str(tmp_path / "mapping.yaml"),
+        "--workers",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medssl_cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 60
     while len(list(out.glob("P*/[!.]*.json"))) < 6 and process.poll() is None:
         assert time.monotonic() < deadline
@@ -577,7 +668,9 @@ def test_r16_interrupted_conversion_ends_as_an_undisturbed_one(
     assert tree(out) == tree(tmp_path / "undisturbed")
 
 
-def test_r16_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_r16_leftovers_of_a_killed_run_are_cleaned(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     convert()
     first = tree(tmp_path / "out")
@@ -606,7 +699,13 @@ def peak_rss_kib(source: Path, out: Path, mapping: Path) -> int:
 def test_r18_memory_is_flat_in_the_number_of_cases(tmp_path: Path, write_dicom: Writer) -> None:
     (tmp_path / "m.yaml").write_text(MAPPING)
     for i in range(200):
-        write_dicom(tmp_path / f"all/P{i:03d}", seed=i, PatientID=f"P{i:03d}", StudyInstanceUID=f"1.7.{i}", SeriesInstanceUID=f"1.8.{i}")
+        write_dicom(
+            tmp_path / f"all/P{i:03d}",
+            seed=i,
+            PatientID=f"P{i:03d}",
+            StudyInstanceUID=f"1.7.{i}",
+            SeriesInstanceUID=f"1.8.{i}",
+        )
         if i < 20:
             shutil.copytree(tmp_path / f"all/P{i:03d}", tmp_path / f"some/P{i:03d}")
     few = peak_rss_kib(tmp_path / "some", tmp_path / "o1", tmp_path / "m.yaml")
@@ -639,7 +738,11 @@ SECRETS = {
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_r20_anonymous_output_tells_no_person(
-    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult], caplog: pytest.LogCaptureFixture, broken: bool
+    tmp_path: Path,
+    write_dicom: Writer,
+    convert: Callable[..., ConvertResult],
+    caplog: pytest.LogCaptureFixture,
+    broken: bool,
 ) -> None:
     volume = write_dicom(tmp_path / "src/Doe_Jane", **SECRETS)
     unmatched = {**SECRETS, "SeriesDescription": "scan of Doe Jane", "SeriesInstanceUID": "1.9.8.7.6.6"}
@@ -653,7 +756,9 @@ def test_r20_anonymous_output_tells_no_person(
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     for path in files:
         data = path.read_bytes()
-        told += str(path.relative_to(tmp_path)).encode() + (nib.Nifti1Image.from_filename(path).header.binaryblock if path.name.endswith(".nii.gz") else data)
+        told += str(path.relative_to(tmp_path)).encode() + (
+            nib.Nifti1Image.from_filename(path).header.binaryblock if path.name.endswith(".nii.gz") else data
+        )
     for keyword, value in SECRETS.items():
         for part in {value, *value.replace("^", " ").split()}:
             if len(part) > 3 and part not in {"prostate", "Hospital"}:
@@ -670,7 +775,9 @@ def test_r20_anonymous_output_tells_no_person(
         assert {o.stem for o in result.outputs} == {"ax_t2wi", "5_MR"}
 
 
-def test_r20_pseudonyms_are_stable_in_a_folder_and_differ_between_folders(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_r20_pseudonyms_are_stable_in_a_folder_and_differ_between_folders(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     study(tmp_path / "src", write_dicom)
     first = convert(anonymize=True)
     assert convert(anonymize=True).count("up_to_date") == 4
@@ -682,7 +789,9 @@ def test_r20_pseudonyms_are_stable_in_a_folder_and_differ_between_folders(tmp_pa
         convert()
 
 
-def test_r20_burned_in_text_is_refused(tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]) -> None:
+def test_r20_burned_in_text_is_refused(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
     write_dicom(tmp_path / "src", BurnedInAnnotation="YES")
     assert [f.code for f in convert(anonymize=True).failures] == ["dicom_burned_in_text"]
 

@@ -1,0 +1,122 @@
+"""medssl convert as it is typed: exit codes, tables, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medssl_cli.app import app
+from medssl_cli.core.volume import Volume
+
+Writer = Callable[..., Volume]
+runner = CliRunner()
+
+
+def medssl(*words: object) -> tuple[int, str, str]:
+    result = runner.invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_convert_and_convert_again(tmp_path: Path, write_dicom: Writer) -> None:
+    write_dicom(tmp_path / "src")
+    code, out, _ = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--workers", 0)
+    assert code == 0
+    assert "converted: 1 volumes" in out
+    assert (tmp_path / "out/PAT-1/ax_t2wi.nii.gz").is_file()
+    code, out, _ = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--workers", 0)
+    assert (code, "1 were up to date" in out) == (0, True)
+
+
+def test_dry_run_prints_a_table_and_writes_nothing(tmp_path: Path, write_dicom: Writer) -> None:
+    write_dicom(tmp_path / "src/a")
+    write_dicom(tmp_path / "src/b", seed=1, SeriesInstanceUID="1.2.9", SeriesNumber=7, SeriesDescription="t1 vibe")
+    code, out, _ = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--dry-run", "--workers", 0)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split()[:2] == ["case", "sequence"]
+    assert lines[1].split() == ["PAT-1", "ax_t2wi", "5", "t2_tse_tra", "6", "1", "3", "0.8", "0.7", "planned"]
+    assert lines[2].split(maxsplit=5)[-1] == "left alone: no rule names it"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("stop", 3), ("skip", 4)])
+def test_exit_codes_of_refused_series(tmp_path: Path, write_dicom: Writer, mode: str, expected: int) -> None:
+    write_dicom(tmp_path / "src")
+    (tmp_path / "src/im003.dcm").unlink()
+    code, out, err = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--on-error", mode, "--workers", 0)
+    assert code == expected
+    assert "error: 1 series was refused" in err
+    assert "where: series 5 t2_tse_tra for ax_t2wi: The slices are not evenly spaced" in err
+    assert "fix:" in err
+    assert "1 series refused" in out
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
+def test_usage_errors_exit_2_and_write_nothing(tmp_path: Path, write_dicom: Writer) -> None:
+    write_dicom(tmp_path / "src")
+    (tmp_path / "m.yaml").write_text("ax_t2wi: {SeriesDescripton: x}\n")
+    for words in (
+        ("--engine", "dcm2nii"),
+        ("--mapping", tmp_path / "m.yaml"),
+        ("--reference", "t3"),
+        ("--on-error", "go"),
+    ):
+        code, _, err = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", *words)
+        assert (code, err.startswith("error:")) == (2, True)
+    assert not (tmp_path / "out").exists()
+    assert medssl("convert", "dicom", tmp_path / "nowhere", tmp_path / "out")[0] == 3
+
+
+def test_json_is_alone_on_stdout_also_when_series_are_refused(tmp_path: Path, write_dicom: Writer) -> None:
+    write_dicom(tmp_path / "src")
+    (tmp_path / "src/im003.dcm").unlink()
+    words = [
+        "convert",
+        "dicom",
+        str(tmp_path / "src"),
+        str(tmp_path / "out"),
+        "--json",
+        "--on-error",
+        "skip",
+        "--workers",
+        "0",
+    ]
+    answer = subprocess.run([sys.executable, "-m", "medssl_cli", *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == 4
+    report = json.loads(answer.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no strict JSON"))
+    assert report == {
+        **json.loads((tmp_path / "out/convert_report.json").read_text()),
+        "elapsed_s": report["elapsed_s"],
+    }
+    assert report["failures"][0]["code"] == "dicom_uneven_slices"
+
+
+def test_align_and_list(tmp_path: Path, write_dicom: Writer) -> None:
+    write_dicom(tmp_path / "src/a")
+    write_dicom(
+        tmp_path / "src/b",
+        seed=1,
+        spacing=(3.0, 1.6, 1.4),
+        SeriesInstanceUID="1.2.9",
+        SeriesDescription="adc",
+        SeriesNumber=6,
+    )
+    assert medssl("convert", "dicom", tmp_path / "src", tmp_path / "tree", "--workers", 0)[0] == 0
+    code, out, _ = medssl(
+        "convert", "align", tmp_path / "tree", tmp_path / "out", "--reference", "ax_t2wi", "--workers", 0
+    )
+    assert (code, "aligned: 2 volumes" in out) == (0, True)
+    code, out, _ = medssl(
+        "convert", "align", tmp_path / "tree", tmp_path / "out", "--reference", "ax_t2wi", "--json", "--workers", 0
+    )
+    assert json.loads(out)["n_up_to_date"] == 2
+    assert medssl("convert", "align", tmp_path / "tree", tmp_path / "out2", "--reference", "ct", "--workers", 0)[0] == 3
+    code, out, _ = medssl("convert", "dicom", "--list-configs")
+    assert (code, out.split()[0]) == (0, "default")
