@@ -353,6 +353,8 @@ def _scan_batch(batch: tuple[str, list[str], tuple[str, ...]]) -> list[tuple[str
                 found.append((path, None, str(error)))
             except OSError as error:
                 found.append((path, None, f"it cannot be opened: {error.strerror}"))
+            except Exception as error:  # pydicom converts values on access, and a damaged header ends in many kinds
+                found.append((path, None, f"the header is damaged: {' '.join(str(error).split())[:120]}"))
     return found
 
 

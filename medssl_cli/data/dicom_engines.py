@@ -115,7 +115,23 @@ def _run_dcm2niix(files: Sequence[Path], work: Path) -> EngineResult:
     # auto-merging first; if it splits what the gates know to be one volume, merge whatever differs between slices
     for merge in ("2", "y"):
         _fresh(out)
-        words = [dcm2niix.bin, "-b", "n", "-z", "n", "-m", merge, "-f", "volume", "-o", str(out), str(inputs)]
+        # -g i: a defaults file in the user's home must not change what we get
+        words = [
+            dcm2niix.bin,
+            "-g",
+            "i",
+            "-b",
+            "n",
+            "-z",
+            "n",
+            "-m",
+            merge,
+            "-f",
+            "volume",
+            "-o",
+            str(out),
+            str(inputs),
+        ]
         said = _run_program(words)
         found = sorted(out.glob("*.nii"))
         if len(found) == 1:

@@ -16,6 +16,7 @@ import numpy as np
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume, affine_spacing, grid_difference
 from medssl_cli.data.dicom import Frame, SeriesFacts
+from medssl_cli.data.diffusion import round_b
 
 COSINE_TOLERANCE = 1e-3
 """Largest difference of a direction cosine within one volume: scanners write between 4 and 16 digits."""
@@ -72,11 +73,6 @@ class SeriesGeometry:
     def spacing(self) -> tuple[float, float, float]:
         """(between slices, between rows, between columns) in mm."""
         return affine_spacing(self.affine)
-
-    @property
-    def is_diffusion(self) -> bool:
-        """Whether its volumes differ in b-value."""
-        return len({volume.b for volume in self.volumes}) > 1
 
 
 def check_series(facts: SeriesFacts) -> SeriesGeometry:
@@ -254,7 +250,20 @@ def _group_volumes(facts: SeriesFacts, places: list[int], n_slices: int) -> list
 
 
 def _contrast(frame: Frame) -> tuple[Any, ...]:
-    return (frame.b, frame.direction, frame.temporal, frame.echo, frame.image_type, frame.inversion, frame.kernel)
+    return (
+        _whole_b(frame),
+        frame.direction,
+        frame.temporal,
+        frame.echo,
+        frame.image_type,
+        frame.inversion,
+        frame.kernel,
+    )
+
+
+def _whole_b(frame: Frame) -> int:
+    """b-value without the noise of a scanner's floating point, -1 if none is stated."""
+    return -1 if frame.b is None else round_b(frame.b)
 
 
 def _contrast_and_acquisition(frame: Frame) -> tuple[Any, ...]:
@@ -281,12 +290,12 @@ def _instance_blocks(facts: SeriesFacts, places: list[int], n_slices: int) -> li
 
 
 def _check_one_contrast(facts: SeriesFacts) -> None:
-    kinds = sorted({-1.0 if frame.b is None else frame.b for frame in facts.frames})
+    kinds = sorted({_whole_b(frame) for frame in facts.frames})
     if len(kinds) > 1:
         raise _refuse(
             "One volume holds slices of several b-values: slices are missing.",
             "dicom_mixed_contrast",
-            f"b = {', '.join('none' if b < 0 else f'{b:g}' for b in kinds)}",
+            f"b = {', '.join('none' if b < 0 else str(b) for b in kinds)}",
             _RESEND,
         )
 

@@ -121,12 +121,12 @@ def combine_directions(volumes: list[np.ndarray], directions: list[str]) -> tupl
     by_direction: dict[str, list[np.ndarray]] = {}
     for volume, name in zip(volumes, directions, strict=True):
         by_direction.setdefault(name, []).append(volume)
-    means = [np.mean(group, axis=0, dtype=np.float64) for group in by_direction.values()]
+    means = [np.asarray(np.mean(group, axis=0, dtype=np.float64)) for group in by_direction.values()]
     if len(means) == 1:
         return means[0].astype(np.float32), f"arithmetic mean of {len(volumes)} repetitions"
     positive = np.all([mean > 0 for mean in means], axis=0)
     logs = np.sum([np.log(np.where(positive, mean, 1.0)) for mean in means], axis=0)
-    trace = np.where(positive, np.exp(logs / len(means)), 0.0)
+    trace = np.asarray(np.where(positive, np.exp(logs / len(means)), 0.0))
     return trace.astype(np.float32), f"geometric mean of {len(means)} directions ({len(volumes)} images)"
 
 

@@ -142,7 +142,13 @@ def preference(facts: SeriesFacts, rank: int) -> tuple[Any, ...]:
 
 def diffusion_stem(stem: str, b: int) -> str:
     """``ax_dwi`` and 1000 -> ``ax_dwi_b1000``; a stem that ends in a b-value already keeps it."""
-    return stem if re.search(r"_b\d+$", stem) else f"{stem}_b{b}"
+    return stem if named_b(stem) is not None else f"{stem}_b{b}"
+
+
+def named_b(stem: str) -> int | None:
+    """The b-value at the end of a stem: 1000 of ``ax_dwi_b1000``."""
+    match = re.search(r"_b(\d+)$", stem)
+    return int(match.group(1)) if match else None
 
 
 def _parse_rule(stem: str, entry: Mapping[str, Any], where: str, faults: list[str]) -> Rule:
@@ -167,8 +173,13 @@ def _parse_rule(stem: str, entry: Mapping[str, Any], where: str, faults: list[st
             else:
                 excluded.append((name, _globs(value, f"{where}.not.{key}", faults)))
     b = _b_values(values.get("b", ""), where, faults)
-    if re.search(r"_b\d+$", stem) and (b == "all" or (isinstance(b, tuple) and len(b) > 1)):
-        faults.append(f"{where}.b: the stem names one b-value, the rule asks for several; leave _b… out of the stem")
+    named = named_b(stem)
+    if named is not None and b not in ("", (named,)):
+        faults.append(
+            f"{where}.b: the stem names b = {named}, the rule asks for {values['b']}; leave _b{named} out of it"
+        )
+    if named is not None:
+        b = (named,)
     if not tags:
         faults.append(f"{where}: name at least one DICOM tag")
     return Rule(

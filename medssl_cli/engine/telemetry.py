@@ -36,6 +36,8 @@ HEALTH_ALARMS = {
     "effective_rank": (2.0, "all images have nearly the same features"),
 }
 """Figure -> (alarm below, meaning); thresholds of collapse."""
+HEALTH_GRACE_STEPS = 200
+"""A fresh network gives every image nearly the same features: no alarm before this step."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ class Telemetry:
                     self._writer.add_scalar(_tag(name), value, line["iteration"])
 
     def _check_health(self, line: Mapping[str, Any]) -> None:
+        if line["iteration"] < HEALTH_GRACE_STEPS:
+            return
         for name, (threshold, meaning) in HEALTH_ALARMS.items():
             value = line.get(name)
             if value is not None and value < threshold and name not in self._alarmed:

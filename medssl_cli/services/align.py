@@ -219,13 +219,14 @@ def _align_one(task: AlignTask, stem: str, path: Path, source: Path, reference: 
     check_finite(path, volume.array)
     transform, metric = register_affine(_first(volume), reference) if does_register else (None, None)
     moved = resample_to(volume, reference, nearest=is_label(stem), transform=transform)
-    record = {
+    information = None if metric is None else round(-metric, 6)
+    record: dict[str, Any] = {
         "align_digest": digest,
         "aligned_to": request.reference,
         "interpolation": "nearest" if is_label(stem) else "linear",
         "registered": does_register,
         "transform_ras": None if transform is None else np.round(transform_matrix(transform), 9),
-        "mutual_information": None if metric is None else round(-metric, 6),
+        "mutual_information": information,
         "n_slices": reference.shape[0],
         "spacing": [round(s, 6) for s in reference.spacing],
     }
@@ -237,7 +238,7 @@ def _align_one(task: AlignTask, stem: str, path: Path, source: Path, reference: 
         "aligned",
         reference.shape[0],
         reference.spacing,
-        record["mutual_information"],
+        information,
     )
 
 

@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 COMMAND = "convert dicom"
 CASES_HEADER = ("case_id", "patient_id", "study_uid", "stem", "path", "series_uid", "n_slices", "spacing")
 
-_SMALL_SCAN = 512
-"""Below this many files a pool of processes costs more than it saves."""
-
 
 @dataclass(frozen=True)
 class ConvertRequest:

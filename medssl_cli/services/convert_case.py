@@ -28,7 +28,7 @@ from medssl_cli.data.diffusion import combine_directions, round_b
 from medssl_cli.data.images import read_header as read_nifti_header
 from medssl_cli.data.images import write_volume
 from medssl_cli.data.resample import is_label, resample_to
-from medssl_cli.data.series_rules import Rule, SeriesRules, diffusion_stem, preference
+from medssl_cli.data.series_rules import Rule, SeriesRules, diffusion_stem, named_b, preference
 
 FORMAT = 1
 """Raised when the same input gives other files, so that a new version converts again."""
@@ -271,7 +271,8 @@ def _plan_diffusion(
             used.add(id(loaded.facts))
             continue
         volumes = [v for v in loaded.geometry.volumes if rule.accepts_image(v.image_type)]
-        known = [(v, v.b if v.b is not None else _described_b(loaded.facts)) for v in volumes]
+        told = _described_b(loaded.facts) if named_b(stem) is None else float(named_b(stem) or 0)
+        known = [(v, told if v.b is None else v.b) for v in volumes]
         if any(b is None for _, b in known):
             result.failures.append(_failure(task, loaded.facts, _no_b_value(), stem))
             used.add(id(loaded.facts))
@@ -279,21 +280,20 @@ def _plan_diffusion(
         for b in sorted({round_b(b) for _, b in known if b is not None}):
             members = tuple(v for v, value in known if value is not None and round_b(value) == b)
             by_b.setdefault(b, []).append((loaded, members))
-    wanted = found[0][0].b
-    chosen = (
-        sorted(by_b)
-        if wanted == "all"
-        else sorted(by_b)[-1:]
-        if wanted == "highest"
-        else sorted(set(wanted) & set(by_b))
-    )
-    for b in chosen:
+    for b in _wanted_b(found[0][0].b, sorted(by_b)):
         (best, members), *rest = by_b[b]
         note = _choice_note(task, best, [loaded for loaded, _ in rest])
         if rest:
             result.messages.append(f"{task.case_id} {diffusion_stem(stem, b)}: {note}")
         assert best.geometry is not None
         yield _Plan(diffusion_stem(stem, b), best.facts, best.geometry, members, b, note=note)
+
+
+def _wanted_b(wanted: str | tuple[int, ...], there: list[int]) -> list[int]:
+    """The b-values that a rule asks for, of those that are there."""
+    if wanted == "all":
+        return there
+    return there[-1:] if wanted == "highest" else [b for b in there if b in wanted]
 
 
 def _plan_spare(task: CaseTask, spare: Sequence[_Loaded], result: CaseResult, taken: set[str]) -> Iterator[_Plan]:
@@ -352,7 +352,7 @@ def _no_b_value() -> DataError:
     return DataError(
         "Neither a tag nor the description states the b-value of the series.",
         where="DiffusionBValue and the private tags of Siemens, GE and Philips are absent",
-        fix="name it in a mapping without b:, for example ax_dwi_b1000: {SeriesDescription: …}",
+        fix="name it in the stem of a mapping, for example ax_dwi_b1000: {SeriesDescription: …}",
         code="dicom_no_b_value",
     )
 

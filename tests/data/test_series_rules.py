@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl_cli.core.errors import ConfigError, MedsslError
+from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.dicom import Frame, Plane, SeriesEntry, SeriesFacts
 from medssl_cli.data.series_rules import diffusion_stem, parse_mapping, preference, read_mapping
 
@@ -142,7 +143,7 @@ def test_every_fault_is_told_with_the_nearest_name() -> None:
         "adc[0].min_slices: a whole number from 1, got 0",
         "adc[0].b: all, highest, or b-values",
         "adc[0].not.ImagType: unknown tag; did you mean ImageType?",
-        "dwi_b1000.b: the stem names one b-value",
+        "dwi_b1000.b: the stem names b = 1000, the rule asks for all",
         "pet: a rule is a mapping of tags to globs, got 3",
     ):
         assert text in where
@@ -171,12 +172,8 @@ keys = st.sampled_from(["ax_t2wi", "not", "plane", "b", "min_slices", "Modality"
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(keys, st.dictionaries(keys, values, max_size=3) | values, max_size=3))
 def test_r21_any_mapping_parses_or_is_refused(data: dict[str, object]) -> None:
-    try:
-        mapping = parse_mapping(data, "m")
-    except MedsslError as error:
-        assert error.exit_code == 2
-    else:
-        for rule in mapping.rules:
+    with contextlib.suppress(ConfigError):
+        for rule in parse_mapping(data, "m").rules:
             rule.matches(entry("t2"))
 
 

@@ -132,14 +132,14 @@ def test_tensorboard_holds_losses_schedules_and_norms_and_forgets_what_was_redon
     assert [(e.step, e.value) for e in events.Scalars("loss/ibot_loss")] == [(1, 2.0), (2, 7.0)]
 
 
-def test_collapse_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_collapse_is_said_once_and_not_of_a_fresh_network(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = telemetry(tmp_path, log_every=1)
     log.start(0)
-    for step in (1, 2):
+    for step in (1, 300, 301):
         log.record(record(step), lambda: {"teacher_entropy": 0.05, "effective_rank": 9.0})
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == [
-        "Collapse? teacher_entropy is 0.05 at step 1, below 0.1: the teacher gives every image the same few prototypes."
+        "Collapse? teacher_entropy is 0.05 at step 300, below 0.1: the teacher gives every image the same few prototypes."
     ]
 
 

@@ -249,12 +249,28 @@ def test_enhanced_file_of_two_b_values_is_split(
     (tmp_path / "src").mkdir()
     image.save_as(tmp_path / "src/e.dcm")
     result = convert()
-    written = sorted(p.name for p in (tmp_path / "out").rglob("*.nii.gz"))
     assert result.error is None
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.nii.gz")) == ["ax_dwi_b50.nii.gz", "ax_dwi_b800.nii.gz"]
     for array, b in zip(arrays, (50, 800), strict=True):
         world_equal(read_volume(tmp_path / f"out/PAT-1/ax_dwi_b{b}.nii.gz"), Volume(array, volume.affine))
     assert convert(convert_all=True, mapping=None, out=tmp_path / "all").error is None
+
+
+def test_a_stem_that_names_a_b_value_takes_that_volume_alone(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
+    made = study(tmp_path / "src", write_dicom)
+    plain = write_dicom(
+        tmp_path / "src/x", seed=9, PatientID="P2", StudyInstanceUID="1.4", SeriesDescription="dwi high"
+    )
+    (tmp_path / "one.yaml").write_text('dwi_b800: {SeriesDescription: "*dwi*"}\n')
+    result = convert(mapping=str(tmp_path / "one.yaml"))
+    assert [(o.case_id, o.stem, o.b) for o in result.outputs] == [("P1", "dwi_b800", 800), ("P2", "dwi_b800", 800)]
+    world_equal(read_volume(tmp_path / "out/P1/dwi_b800.nii.gz"), made["ax_dwi_b800"])
+    world_equal(read_volume(tmp_path / "out/P2/dwi_b800.nii.gz"), plain)  # no tag says otherwise
+    (tmp_path / "one.yaml").write_text('dwi: {SeriesDescription: "*dwi*", b: highest, not: {PatientID: P2}}\n')
+    result = convert(mapping=str(tmp_path / "one.yaml"), out=tmp_path / "two")
+    assert [o.stem for o in result.outputs] == ["dwi_b800"]
 
 
 def test_time_series_named_by_a_rule_stays_4d(
@@ -584,7 +600,7 @@ def test_without_the_reference_nothing_of_the_case_is_written(
     assert not list((tmp_path / "out").rglob("*.nii.gz"))
 
 
-# --- running again, interruption, workers ------------------------------------------------------------------------------
+# --- running again, interruption, workers ----------------------------------------------------------------------------
 
 
 def test_running_again_does_only_what_is_new_or_changed(
@@ -687,7 +703,8 @@ def peak_rss_kib(source: Path, out: Path, mapping: Path) -> int:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from medssl_cli.services.convert import ConvertRequest, convert_dicom\n"
-        f"r = convert_dicom(ConvertRequest(Path({str(source)!r}), Path({str(out)!r}), mapping={str(mapping)!r}, workers=0))\n"
+        f"source, out, mapping = {str(source)!r}, {str(out)!r}, {str(mapping)!r}\n"
+        "r = convert_dicom(ConvertRequest(Path(source), Path(out), mapping=mapping, workers=0))\n"
         "assert r.error is None\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
@@ -838,7 +855,14 @@ def test_r10_real_transfer_syntaxes_give_one_image(real_data: Path, tmp_path: Pa
         world_equal(read_volume(tmp_path / "out" / output.path), reference)
 
 
-@pytest.mark.parametrize("engine", ["dcm2niix", "dicom2nifti", "simpleitk"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "dcm2niix",
+        pytest.param("dicom2nifti", marks=pytest.mark.slow),
+        pytest.param("simpleitk", marks=pytest.mark.slow),
+    ],
+)
 def test_real_prostate_study_is_sorted_into_its_sequences(real_data: Path, tmp_path: Path, engine: str) -> None:
     case = real_data / "prostatex_mpmri/ProstateX-0000"
     result = convert_dicom(ConvertRequest(case / "dicom", tmp_path / "out", engine=engine, workers=0))
