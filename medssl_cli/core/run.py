@@ -28,6 +28,8 @@ import numpy as np
 from medssl_cli.core.errors import ConfigError, DataError, ResourceError
 
 SCHEMA_VERSION = 1
+LOCK = ".lock"
+"""File in a folder that the process working on it holds; no result, and kept when a folder is replaced."""
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -155,7 +157,8 @@ def claim_out_folder(out: Path, command: str, *, overwrite: bool = False) -> Non
         raise ConfigError(
             "The output folder is a file.", where=str(out), fix="choose another --out", code="out_is_file"
         )
-    if out.is_dir() and any(out.iterdir()) and _marker_command(marker) != command:
+    entries = [entry for entry in out.iterdir() if entry.name != LOCK] if out.is_dir() else []
+    if entries and _marker_command(marker) != command:
         if not overwrite:
             raise ConfigError(
                 f"The output folder is not empty and holds no results of `medssl {command}`.",
@@ -164,7 +167,7 @@ def claim_out_folder(out: Path, command: str, *, overwrite: bool = False) -> Non
                 code="out_not_empty",
             )
         with say_disk_errors(out):
-            for entry in out.iterdir():
+            for entry in entries:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     write_json(marker, {"command": command, "medssl_version": package_version()})
 
@@ -184,7 +187,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         ConfigError: Another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +95,8 @@ class SeriesEntry:
         patient_id, study_date, study_time: Of its first file.
         tags: Every distinct value of the tags that rules look at, as text; parts joined by a backslash.
         paths: Its files, below the source folder, sorted.
-        damaged: Unreadable DICOM files in the folders of this series: one of them may be its missing slice.
+        damaged: (path, reason) of DICOM files in the folders of this series that may be its missing slices: unreadable
+            ones, ones that name no series or study, and ones that give its UID to another patient or study.
     """
 
     study_uid: str
@@ -106,7 +107,7 @@ class SeriesEntry:
     study_time: str
     tags: dict[str, list[str]] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def description(self) -> str:
@@ -284,7 +285,7 @@ def scan(
                 _add_file(series, path, values)
         done += len(batch)
         progress(done, len(paths))
-    _warn_neighbours(series.values(), [path for path, _ in result.damaged])
+    _warn_neighbours(list(series.values()), [path for path, _ in result.damaged])
     result.series = sorted(
         series.values(), key=lambda s: (s.patient_id, s.study_uid, _as_number(s.number), s.series_uid)
     )
@@ -300,9 +301,8 @@ def read_series(root: Path, entry: SeriesEntry, *, name_files: bool = True) -> S
         name_files: Whether messages name files; otherwise they count them, since names may tell persons.
     """
     facts = SeriesFacts(entry)
-    for path in entry.damaged:
-        name = path if name_files else "a file"
-        facts.faults.append(("dicom_damaged_neighbour", f"{name}: unreadable, in a folder of this series"))
+    for path, reason in entry.damaged:
+        facts.faults.append(("dicom_damaged_neighbour", f"{path if name_files else 'a file'}: {reason}"))
     for i, path in enumerate(entry.paths):
         name = path if name_files else f"file {i + 1} of {len(entry.paths)}"
         try:
@@ -365,10 +365,13 @@ def _group_values(path: Path, keywords: tuple[str, ...]) -> dict[str, str] | Non
     values = {keyword: _text(header, keyword) for keyword in keywords}
     if "SOPClassUID" not in header and "SeriesInstanceUID" not in header:
         raise DamagedFile("the header ends before it names an image and a series")
-    is_image = "Rows" in header or "Image Storage" in UID(values["SOPClassUID"]).name
-    if not is_image:
-        return None
-    return values
+    kind = UID(values["SOPClassUID"])
+    if "Rows" in header or "Image Storage" in kind.name:
+        return values
+    is_standard = kind.startswith("1.2.840.10008.")
+    if not kind.is_valid or (is_standard and kind.name == str(kind)):  # a vendor's own kinds are no images
+        raise DamagedFile("the header does not say what kind of object it is")
+    return None
 
 
 def _add_file(series: dict[tuple[str, ...], SeriesEntry], path: str, values: dict[str, str]) -> None:
@@ -393,14 +396,30 @@ def _add_file(series: dict[tuple[str, ...], SeriesEntry], path: str, values: dic
                 known.append(value)
 
 
-def _warn_neighbours(series: Iterable[SeriesEntry], damaged: list[str]) -> None:
-    by_folder: dict[Path, list[str]] = {}
+def _warn_neighbours(series: list[SeriesEntry], damaged: list[str]) -> None:
+    """Tell each series of files in its folders that may be slices of it."""
+    strays: dict[Path, list[tuple[str, str]]] = {}
     for path in damaged:
-        by_folder.setdefault(Path(path).parent, []).append(path)
-    if by_folder:
-        for entry in series:
-            folders = {Path(path).parent for path in entry.paths} & by_folder.keys()
-            entry.damaged = sorted(path for folder in folders for path in by_folder[folder])
+        strays.setdefault(Path(path).parent, []).append((path, "unreadable, in a folder of this series"))
+    owners: dict[tuple[Path, str], list[SeriesEntry]] = {}
+    for entry in series:
+        for folder in {Path(path).parent for path in entry.paths}:
+            owners.setdefault((folder, entry.series_uid), []).append(entry)
+            if not entry.series_uid or not entry.study_uid:
+                missing = "SeriesInstanceUID" if not entry.series_uid else "StudyInstanceUID"
+                mine = [path for path in entry.paths if Path(path).parent == folder]
+                strays.setdefault(folder, []).extend((path, f"{missing} is missing") for path in mine)
+    for entry in series:
+        folders = {Path(path).parent for path in entry.paths}
+        found = [stray for folder in sorted(folders & strays.keys()) for stray in strays[folder]]
+        for folder in sorted(folders):
+            others = [o for o in owners[folder, entry.series_uid] if _person(o) != _person(entry)]
+            found += [(other.paths[0], "the same series under another patient or study") for other in others]
+        entry.damaged = [stray for stray in found if stray[0] not in entry.paths]
+
+
+def _person(entry: SeriesEntry) -> tuple[str, str]:
+    return entry.patient_id, entry.study_uid
 
 
 def _parse(file: Any, path: Path, tags: Sequence[Any] | None) -> Dataset | None:

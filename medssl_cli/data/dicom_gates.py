@@ -135,12 +135,12 @@ def _check_faults(facts: SeriesFacts) -> None:
         "dicom_unreadable": "Files of the series cannot be opened.",
         "dicom_missing_tag": "Tags that place the images are missing.",
         "dicom_colour": "The series is not greyscale.",
-        "dicom_damaged_neighbour": "An unreadable DICOM file lies among those of the series; a slice may be missing.",
+        "dicom_damaged_neighbour": "A file that may be a slice of the series cannot be put into it.",
     }
     code = facts.faults[0][0]
     texts = list(dict.fromkeys(text for kind, text in facts.faults if kind == code))
     more = [f"and {len(texts) - 5} more"] if len(texts) > 5 else []
-    fix = "remove or replace the unreadable file" if code == "dicom_damaged_neighbour" else _RESEND
+    fix = "remove or replace the file" if code == "dicom_damaged_neighbour" else _RESEND
     raise _refuse(what[code], code, "\n".join(texts[:5] + more), fix)
 
 

@@ -65,6 +65,10 @@ class PatchEmbed(nn.Module):
         return F.conv2d(images_BCHW, weight, self.proj.bias, stride=self.patch_size).flatten(2).transpose(1, 2)
 
 
+_CARRIED_NUMBERS = 2**23
+"""Attention weights of all heads that ``Attention.carried`` holds at once: 32 MiB."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) within each sample: (T, D) -> (T, D)."""
 
@@ -92,6 +96,23 @@ class Attention(nn.Module):
             raise ValueError(f"attention weights are made for one group at a time, got {groups}")
         q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2) for part in self._split(x_TD))
         return (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
+    def carried(self, x_TD: Tensor, groups: Groups, share_BN: Tensor) -> Tensor:
+        """``share_BN`` of the queries handed on to the keys: (B, N), the product ``share @ weights`` row by row.
+
+        The weights themselves, (B, N, N), are never held: a few thousand tokens would fill gigabytes.
+        """
+        if len(groups) != 1:
+            raise ValueError(f"attention is carried for one group at a time, got {groups}")
+        q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2).float() for part in self._split(x_TD))
+        q, k_BAEN = q * q.shape[-1] ** -0.5, k.transpose(-2, -1)
+        rows = max(1, _CARRIED_NUMBERS // (q.shape[0] * q.shape[1] * q.shape[2]))
+        carried_BN = torch.zeros_like(share_BN)
+        for start in range(0, q.shape[2], rows):
+            part = slice(start, start + rows)
+            weights_BRN = (q[:, :, part] @ k_BAEN).softmax(-1).mean(1)
+            carried_BN += (share_BN[:, None, part] @ weights_BRN)[:, 0]
+        return carried_BN
 
 
 class Mlp(nn.Module):

@@ -40,16 +40,7 @@ class TeacherConfig(Config):
     warmup_teacher_temp_epochs: NonNegativeFloat = 30
     """Epochs of the linear warm-up of the temperature."""
     init_with_student_weights: bool = True
-    """Kept for existing files and always true: the teacher starts as a copy of the student."""
-
-    @field_validator("init_with_student_weights")
-    @classmethod
-    def _refuse_unrelated_teacher(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError(
-                "the teacher always starts as a copy of the student, as averaging needs; set it to true or drop the key"
-            )
-        return value
+    """Kept for existing files, without effect: the teacher always starts as a copy of the student, as averaging needs."""
 
 
 class SelfDistillation(nn.Module):

@@ -83,6 +83,7 @@ class Page:
         self._parts: list[str] = []
         self._contents: list[tuple[str, str]] = []
         self._scripts: list[str] = []
+        self._styles: list[str] = []
 
     def heading(self, text: str, anchor: str = "") -> None:
         """A section heading; it stands in the contents at the top when there are several."""
@@ -157,6 +158,13 @@ class Page:
             raise ValueError("a script may not hold '</': it would end there")
         self._scripts.append(code)
 
+    def style(self, rules: str) -> None:
+        """CSS of our own for what ``add`` brings, put into the head; the same rules twice count once."""
+        if "</" in rules:
+            raise ValueError("a style may not hold '</': it would end there")
+        if rules not in self._styles:
+            self._styles.append(rules)
+
     def render(self) -> str:
         """The whole file."""
         contents = ""
@@ -170,7 +178,7 @@ class Page:
             f'<meta http-equiv="Content-Security-Policy" content="{self._policy()}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
-            f'<title>{escaped(self.title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head>'
+            f'<title>{escaped(self.title)}</title><link rel="icon" href="data:,"><style>{_STYLE}{"".join(self._styles)}</style></head>'
             f'<body><a class="skip" href="#main">Skip to the content</a><main id="main">'
             f"<header><h1>{escaped(self.title)}</h1>{lead}</header>{contents}\n"
             + "\n".join(self._parts)

@@ -328,7 +328,7 @@ def _nothing_chosen(request: ConvertRequest, found: Scan) -> DataError:
 
 def _lost_files(request: ConvertRequest, found: Scan) -> list[Failure]:
     """Unreadable DICOM files in folders without any readable series: nobody else would tell of them."""
-    told = {path for entry in found.series for path in entry.damaged}
+    told = {path for entry in found.series for path, _ in entry.damaged}
     lost = [(path, reason) for path, reason in found.damaged if path not in told]
     return [
         Failure(

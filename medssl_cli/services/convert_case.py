@@ -175,12 +175,16 @@ def _plan_case(task: CaseTask, result: CaseResult) -> list[_Plan]:
     rules = task.options.rules
     candidates: dict[str, list[tuple[Rule, _Loaded]]] = {}
     spare: list[_Loaded] = []
+    everything: list[tuple[list[Rule], list[_Loaded]]] = []
     for entry in task.entries:
         matching = [rule for rule in rules.rules if rule.matches(entry)]
         if not matching and not task.options.convert_unmatched:
             _leave(task, result, entry, "no rule names it")
-            continue
-        for loaded in _load(task, entry):
+        else:
+            everything.append((matching, _load(task, entry)))
+    _refuse_parts([loaded for _, parts in everything for loaded in parts])
+    for matching, parts in everything:
+        for loaded in parts:
             stems = {r.stem: r for r in reversed(matching) if r.accepts_geometry(loaded.facts)}
             for stem, rule in stems.items():
                 candidates.setdefault(stem, []).append((rule, loaded))
@@ -214,6 +218,23 @@ def _load(task: CaseTask, entry: SeriesEntry) -> list[_Loaded]:
         return [whole]
     images = [frozenset(file.sop_uid for file in part.facts.files) for part in parts]
     return [part for i, part in enumerate(parts) if images[i] not in images[:i]]
+
+
+def _refuse_parts(series: Sequence[_Loaded]) -> None:
+    """Refuse what shares its UID with a refused series of another number: both may be parts of one volume."""
+    refused = {one.facts.entry.series_uid: one for one in series if one.error is not None}
+    for one in series:
+        other = refused.get(one.facts.entry.series_uid)
+        if other is not None and one.error is None:
+            one.geometry, one.error = (
+                None,
+                DataError(
+                    "The series shares its UID with one that was refused: both may be parts of one volume.",
+                    where=f"series numbers {one.facts.entry.number or 'none'} and {other.facts.entry.number or 'none'}",
+                    fix="send the series again from the archive, or leave it out with the mapping",
+                    code="dicom_split_series",
+                ),
+            )
 
 
 def _gated(facts: SeriesFacts, task: CaseTask) -> _Loaded:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, NonNegativeInt, PositiveInt, PrivateAttr, model_validator
 
 from medssl_cli.core.config import Config
+from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.datasets import DataConfig
 from medssl_cli.data.manifest import parse_dataset_string
 from medssl_cli.data.views import CropsConfig, check_patch
@@ -17,6 +20,7 @@ from medssl_cli.models.zoo import StudentConfig
 from medssl_cli.objectives.dino import DinoConfig
 from medssl_cli.objectives.ibot import IbotConfig, head_warning
 from medssl_cli.objectives.self_distillation import TeacherConfig
+from medssl_cli.services.dinov2_keys import set_aside
 
 SAFE_KEYS = frozenset(
     {
@@ -28,13 +32,15 @@ SAFE_KEYS = frozenset(
         "train.keep_checkpoints",
         "train.loader_timeout_s",
         "train.output_dir",
-        "optim.epochs",
+        "train.tensorboard",
+        "train.dataset_path",
+        "teacher.init_with_student_weights",
         "data.root",
-        "data.split_csv",
+        "data.on_error",
     }
 )
-"""Keys that may differ when a run resumes. Moved data is recognised by its digest, which must not change; epochs may only
-grow."""
+"""Keys that may differ when a run resumes, because no number depends on them. The dataset string counts by what it sets
+in `data`, the data root by the digest of its files."""
 
 
 class ModelConfig(Config):
@@ -53,8 +59,8 @@ class TrainConfig(Config):
     """Micro-batches an optimizer step; the learning-rate rule counts their sum."""
     dataset_path: str = ""
     """DINOv2's dataset string, e.g. ProstateSSL:split=TRAIN:root=/data; read into `data`, whose own keys win."""
-    output_dir: str = "."
-    """Set by --out; kept for DINOv2's files."""
+    output_dir: str = ""
+    """Run folder; the same as --out, which wins. Empty or `.`: runs/NAME OF CONFIG."""
     saveckp_freq: PositiveInt = 20
     """Epochs between checkpoints."""
     checkpoint_period_iterations: NonNegativeInt = 0
@@ -97,14 +103,21 @@ class PretrainConfig(Config):
     crops: CropsConfig = CropsConfig()
     compute_precision: ComputePrecisionConfig = ComputePrecisionConfig()
 
-    @model_validator(mode="before")
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _read_dataset_string(cls, values: Any) -> Any:
-        train = values.get("train") if isinstance(values, dict) else None
-        text = train.get("dataset_path") if isinstance(train, dict) else None
-        if not text:
-            return values
-        return {**values, "data": {**parse_dataset_string(str(text)), **(values.get("data") or {})}}
+    def _read_dinov2(cls, values: Any, handler: ModelWrapValidatorHandler[PretrainConfig]) -> PretrainConfig:
+        if not isinstance(values, dict):
+            return handler(values)
+        kept, notes = set_aside(values)
+        from_string = _read_dataset_string(kept.get("train"))
+        data = kept.get("data") or {}
+        if from_string and isinstance(data, dict):
+            kept["data"] = {**from_string, **data}
+        config = handler(kept)
+        config._notes += notes + _overruled(from_string, config.data)
+        return config
 
     @model_validator(mode="after")
     def _join_shares(self) -> PretrainConfig:
@@ -128,10 +141,20 @@ class PretrainConfig(Config):
 
     def warnings(self) -> list[str]:
         """Settings that have no effect, in words."""
-        found = [head_warning(self.dino, self.ibot)]
+        found = [*self._notes, head_warning(self.dino, self.ibot)]
+        if not self.teacher.init_with_student_weights:
+            found.append(
+                "No effect: teacher.init_with_student_weights: the teacher always starts as a copy of the student."
+            )
         if self.optim.warmup_epochs > self.optim.epochs:
             found.append(f"optim.warmup_epochs {self.optim.warmup_epochs} is cut to optim.epochs {self.optim.epochs}")
         return [text for text in found if text]
+
+    @property
+    def initial_weights(self) -> Path | None:
+        """Weights for the student's backbone at step 0: `MODEL.WEIGHTS`, else `student.pretrained_weights`."""
+        named = self.MODEL.WEIGHTS or self.student.pretrained_weights
+        return Path(named) if named else None
 
     def epoch_length(self, n_cases: int, world: int = 1) -> int:
         """Optimizer steps an epoch."""
@@ -142,3 +165,29 @@ class PretrainConfig(Config):
     def samples_per_step(self, world: int = 1) -> int:
         """Samples that one optimizer step sees over all processes."""
         return self.train.batch_size_per_gpu * self.train.grad_accumulation * world
+
+
+def dataset_string_as_overrides(text: str) -> list[str]:
+    """The values of a dataset string as ``data.KEY=VALUE``, to count with the rank of the place where it was given."""
+    return [f"data.{key}={json.dumps(value)}" for key, value in parse_dataset_string(text).items()]
+
+
+def _read_dataset_string(train: Any) -> dict[str, Any]:
+    text = train.get("dataset_path") if isinstance(train, dict) else None
+    if not text:
+        return {}
+    try:
+        return parse_dataset_string(str(text))
+    except ConfigError as error:  # told together with all other faults
+        raise ValueError("; ".join(["train.dataset_path", *error.where.splitlines(), error.fix])) from error
+
+
+def _overruled(from_string: dict[str, Any], data: DataConfig) -> list[str]:
+    """What the dataset string says and the `data` section says otherwise."""
+    in_force = data.model_dump()
+    said = DataConfig.model_validate(from_string).model_dump() if from_string else {}
+    return [
+        f"train.dataset_path says {key}={said[key]!r}, but data.{key}={in_force[key]!r} was given and counts."
+        for key in from_string
+        if said[key] != in_force[key]
+    ]

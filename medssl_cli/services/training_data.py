@@ -10,13 +10,27 @@ from typing import Literal
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import ConfigError, DataError
+from medssl_cli.data.copies import refuse_copies
 from medssl_cli.data.datasets import DataConfig, ImageDataset, SliceDataset
-from medssl_cli.data.manifest import check_no_overlap, detect_kind, read_cases, read_image_cases, split_digest
+from medssl_cli.data.manifest import (
+    check_no_overlap,
+    detect_kind,
+    read_case,
+    read_cases,
+    read_ids,
+    read_image_cases,
+    read_owners,
+    say_some,
+    split_digest,
+)
 from medssl_cli.data.store import Store
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+Kind = Literal["volumes", "images"]
+Failure = tuple[str, str, str, str]
+"""(case_id, path, reason, fix)."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +41,13 @@ class TrainingData:
         cases: In order of their ids.
         kind: ``volumes`` or ``images``.
         split_digest: SHA-256 of the sorted ids.
-        unreadable: (case_id, path, reason, fix) of cases left out with ``on_error: skip``.
+        unreadable: Cases left out with ``on_error: skip``.
     """
 
     cases: list[Case]
-    kind: Literal["volumes", "images"]
+    kind: Kind
     split_digest: str
-    unreadable: list[tuple[str, str, str, str]]
+    unreadable: list[Failure]
 
 
 def read_training_data(config: DataConfig) -> TrainingData:
@@ -41,7 +55,7 @@ def read_training_data(config: DataConfig) -> TrainingData:
 
     Raises:
         ConfigError: No data root was given.
-        DataError: Missing or unreadable cases, a volume without any of the sequences, or a leak between splits.
+        DataError: Missing or unreadable cases, cases without any of the sequences, or a leak between splits.
     """
     if not config.root:
         raise ConfigError(
@@ -49,11 +63,13 @@ def read_training_data(config: DataConfig) -> TrainingData:
         )
     root = Path(config.root)
     kind = _kind(config, root)
-    split_csv = None if config.split_csv is None else Path(config.split_csv)
-    unreadable: list[tuple[str, str, str, str]] = []
-    cases = _read(config, root, kind, split_csv, unreadable)
-    if split_csv is not None:
-        _refuse_leak(config, root, kind, split_csv, cases)
+    unreadable: list[Failure] = []
+    cases = _read(config, root, kind, unreadable)
+    if kind == "volumes":
+        cases = _with_sequences(config, root, cases, unreadable)
+        _tell_absent(cases, config.mri_sequences)
+    if config.split_csv is not None:
+        _refuse_leak(root, kind, Path(config.split_csv), config, cases)
     return TrainingData(cases, kind, split_digest(case.case_id for case in cases), unreadable)
 
 
@@ -62,7 +78,7 @@ def build_dataset(store: Store, config: DataConfig, seed: int) -> SliceDataset |
     return SliceDataset(store, config, seed) if store.kind == "volumes" else ImageDataset(store)
 
 
-def _kind(config: DataConfig, root: Path) -> Literal["volumes", "images"]:
+def _kind(config: DataConfig, root: Path) -> Kind:
     if config.kind != "auto":
         return config.kind
     found = detect_kind(root)
@@ -76,17 +92,12 @@ def _kind(config: DataConfig, root: Path) -> Literal["volumes", "images"]:
     return "volumes" if found == "cases" else "images"
 
 
-def _read(
-    config: DataConfig,
-    root: Path,
-    kind: Literal["volumes", "images"],
-    split_csv: Path | None,
-    unreadable: list[tuple[str, str, str, str]] | None,
-) -> list[Case]:
+def _read(config: DataConfig, root: Path, kind: Kind, unreadable: list[Failure]) -> list[Case]:
+    split_csv = None if config.split_csv is None else Path(config.split_csv)
     if kind == "images":
         return read_image_cases(root, split_csv=split_csv)
     on_fault: Callable[[str, DataError], None] | None = None
-    if config.on_error == "skip" and unreadable is not None:
+    if config.on_error == "skip":
 
         def on_fault(case_id: str, error: DataError) -> None:
             unreadable.append((case_id, str(root / case_id), error.what, error.fix))
@@ -94,15 +105,88 @@ def _read(
     return read_cases(root, config.mri_sequences, split_csv=split_csv, roi=config.roi, on_fault=on_fault)
 
 
-def _refuse_leak(
-    config: DataConfig, root: Path, kind: Literal["volumes", "images"], split_csv: Path, cases: list[Case]
-) -> None:
-    """Compare with the sibling lists that `medssl split` wrote beside the one in use."""
+# --- sequences -------------------------------------------------------------------------------------------------------
+
+
+def _with_sequences(config: DataConfig, root: Path, cases: list[Case], unreadable: list[Failure]) -> list[Case]:
+    """The cases that have at least one of the sequences; the others are refused, or listed with ``on_error: skip``."""
+    bare = [case for case in cases if not case.sequences]
+    if not bare:
+        return cases
+    asked = ", ".join(config.mri_sequences)
+    fix = "check data.mri_sequences and the file names, or leave these cases out"
+    if len(bare) == len(cases) or config.on_error == "stop":
+        raise DataError(
+            f"{len(bare)} of {len(cases)} cases have none of the sequences asked for.",
+            where=f"{root}: asked for {asked}; cases {say_some(case.case_id for case in bare)}",
+            fix=fix,
+            code="sequences_missing",
+        )
+    for case in bare:
+        unreadable.append((case.case_id, str(root / case.case_id), f"none of the sequences {asked}", fix))
+    return [case for case in cases if case.sequences]
+
+
+def _tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
+    """One line for each sequence that some cases lack; a sequence that no case has is refused.
+
+    Raises:
+        DataError: No case has it: its name is wrong.
+    """
+    absent = {name: [case.case_id for case in cases if name not in case.sequences] for name in names}
+    unknown = [name for name, ids in absent.items() if cases and len(ids) == len(cases)]
+    if unknown:
+        raise DataError(
+            f"No case has the sequence {' or '.join(unknown)}.",
+            where=f"asked for {', '.join(names)}; {len(cases)} cases, e.g. {cases[0].case_id}",
+            fix="correct or drop it in data.mri_sequences: it is the stem of the file, e.g. ax_adc for ax_adc.nii.gz",
+            code="sequence_unknown",
+        )
+    for name, ids in absent.items():
+        if ids:
+            log.warning(
+                "%s is absent in %d of %d cases: %s. Its tokens are masked there and are never a target.",
+                name,
+                len(ids),
+                len(cases),
+                say_some(ids),
+            )
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_leak(root: Path, kind: Kind, split_csv: Path, config: DataConfig, cases: list[Case]) -> None:
+    """Compare with the sibling lists that `medssl split` wrote beside the one in use.
+
+    A list that holds something else is compared as far as it can be read: a sibling may name cases that were never
+    copied to this disk.
+    """
     if split_csv.stem not in SPLITS:
         return
     splits = {split_csv.stem: cases}
     for name in SPLITS:
         sibling = split_csv.with_name(f"{name}{split_csv.suffix}")
         if name != split_csv.stem and sibling.is_file():
-            splits[name] = _read(config.model_copy(update={"on_error": "skip"}), root, kind, sibling, [])
+            splits[name] = _sibling_cases(root, kind, sibling, config)
     check_no_overlap(splits)
+    refuse_copies(splits)
+
+
+def _sibling_cases(root: Path, kind: Kind, sibling: Path, config: DataConfig) -> list[Case]:
+    if kind == "images":
+        try:
+            return read_image_cases(root, split_csv=sibling)
+        except DataError:  # it names pictures that are not here
+            return [Case(name, name) for name in read_ids(sibling).ids]
+    owners = read_owners(root)
+    cases = []
+    for name in read_ids(sibling).ids:
+        owner = owners.get(name)
+        case = Case(name, owner.patient_id if owner and owner.patient_id else name)
+        try:
+            case = read_case(root, name, config.mri_sequences, roi=config.roi, owners=owners)
+        except DataError as error:  # not here, or unreadable: its names still count
+            log.debug("%s: %s is compared by its name alone: %s", sibling, name, error.what)
+        cases.append(case)
+    return cases

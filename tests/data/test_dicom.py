@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
@@ -223,6 +226,16 @@ def test_r10_whole_series_twice_under_other_uids(tmp_path: Path, write_dicom: Wr
     write_dicom(tmp_path, name="a", SeriesInstanceUID="1.2.9")
     write_dicom(tmp_path, name="b", SeriesInstanceUID="1.2.9", first_instance=7)
     assert refusal(tmp_path).code == "dicom_duplicate_position"
+
+
+@pytest.mark.parametrize("keyword", ["SeriesInstanceUID", "StudyInstanceUID", "PatientID"])
+def test_r10_last_slice_without_identity_is_missed(tmp_path: Path, write_dicom: Writer, keyword: str) -> None:
+    write_dicom(tmp_path, per_slice=lambda k: {keyword: None if k == 5 else "1.2.3", "SOPInstanceUID": f"1.2.{k + 1}"})
+    found = scan(tmp_path)
+    assert sorted(len(s.paths) for s in found.series) == [1, 5]
+    for series in found.series:
+        with pytest.raises(DataError):
+            check_series(read_series(tmp_path, series))
 
 
 @pytest.mark.parametrize("cut", [2, 60, 200, 1000])
@@ -505,3 +518,24 @@ def test_repetitions_are_averaged_and_a_trace_image_stands_alone() -> None:
     assert (mean[0, 0, 0], how) == (2.0, "arithmetic mean of 2 repetitions")
     trace, _ = diffusion.combine_directions([one, one, three], ["1 0 0", "0 1 0", diffusion.ISOTROPIC])
     assert trace is three
+
+
+# --- R21 -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 3)), min_size=1, max_size=8))
+def test_r21_damaged_headers_never_end_in_another_error(
+    tmp_path: Path, write_dicom: Writer, edits: list[tuple[int, int, int]]
+) -> None:
+    folder = tmp_path / "fuzz"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_dicom(folder, n_slices=3, size=(4, 4))
+    data = bytearray((folder / "im002.dcm").read_bytes())
+    for place, value, removed in edits:
+        i = place % len(data)
+        data[i : i + removed + (removed == 0)] = b"" if removed else bytes([value])
+    (folder / "im002.dcm").write_bytes(data)
+    for series in scan(folder, ["EchoTime", "StudyDescription"]).series:
+        with contextlib.suppress(DataError):
+            check_series(read_series(folder, series))

@@ -1,0 +1,297 @@
+"""What a user names on the command line as cases with their files: folders, volumes, pictures, DICOM, tables.
+
+Results of each go into a folder of its own below ``--out``, whose name is made here, so that no two cases and no odd
+file name can get in each other's way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from medssl_cli.core.case import Case
+from medssl_cli.core.case import Sequence as CaseSequence
+from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.run import hide_home
+from medssl_cli.data.images import is_image, volume_stem
+from medssl_cli.data.manifest import case_ids, read_table, read_table_cases
+from medssl_cli.data.sequences import is_diffusion_name, resolve_sequence
+
+log = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv")
+RESERVED = ("summary.json", "failures.csv")
+MAX_NAME_BYTES = 150
+
+
+@dataclass(frozen=True)
+class Named:
+    """One thing to look at.
+
+    Args:
+        path: A folder or a file.
+        name: Unique among the cases of this command, and safe as the name of a folder.
+    """
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model takes.
+
+    Args:
+        sequences: Names in channel order.
+        reference: The one that a file of unknown name is taken for.
+        volumes: False for a model of plain pictures.
+    """
+
+    sequences: tuple[str, ...]
+    reference: str
+    volumes: bool
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def named_cases(words: Sequence[str]) -> list[Named]:
+    """The cases that were named, tables replaced by their rows.
+
+    Raises:
+        ConfigError: None at all, or one of them twice.
+        DataError: A table that cannot be read.
+    """
+    paths: list[Path] = []
+    for word in words:
+        path = Path(word)
+        paths += _rows(path) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file() else [path]
+    if not paths:
+        raise ConfigError(
+            "No case was named.",
+            fix="name a NIfTI file, a case folder, a DICOM folder, a picture, or a CSV of them",
+            code="case_missing",
+        )
+    twice = [path for path, count in Counter(path.absolute() for path in paths).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            "A case is named twice.",
+            where=", ".join(hide_home(str(path)) for path in twice[:5]),
+            fix="name each case once",
+            code="case_twice",
+        )
+    return [Named(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """A safe name for each path: its own, with as many parents before it as tell it from the others."""
+    names = [_safe_name(_own_name(path)) for path in paths]
+    parents = [list(reversed(path.absolute().parts[:-1])) for path in paths]
+    for depth in range(max(map(len, parents))):
+        taken = Counter(name.casefold() for name in names)
+        if max(taken.values()) == 1:
+            return names
+        for i, name in enumerate(names):
+            if taken[name.casefold()] > 1 and depth < len(parents[i]):
+                names[i] = _safe_name(f"{parents[i][depth]}_{name}")
+    taken = Counter(name.casefold() for name in names)  # told apart by suffix alone: x.nii and x.nii.gz
+    return [
+        name if taken[name.casefold()] == 1 else f"{name}-{_digest(str(path.absolute()))}"
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _own_name(path: Path) -> str:
+    if path.is_dir():
+        return path.resolve().name
+    return volume_stem(path) or path.stem
+
+
+def _safe_name(name: str) -> str:
+    """A folder name that is printable UTF-8, not hidden, not too long and none of our own files."""
+    shown = name.encode("utf-8", "replace").decode("utf-8")
+    shown = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in shown).lstrip(".").strip()
+    if shown in RESERVED or not shown:
+        shown = f"case_{shown}"
+    if len(shown.encode()) > MAX_NAME_BYTES:
+        shown = f"{shown.encode()[: MAX_NAME_BYTES - 9].decode('utf-8', 'ignore')}-{_digest(shown)}"
+    return shown
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def _rows(table: Path) -> list[Path]:
+    """The files of a table; those of one case that lie in one folder are that folder."""
+    cases = read_table_cases(table)
+    files = [next(iter(case.sequences.values())).path for case in cases]
+    found = read_table(table)
+    column = found.find(("case_id",))
+    if column is None:
+        return files
+    groups: dict[str, list[Path]] = {}
+    for case_id, file in zip(found.column(column), files, strict=True):
+        groups.setdefault(case_id, []).append(file)
+    return [path for group in groups.values() for path in _one_folder(group)]
+
+
+def _one_folder(files: list[Path]) -> list[Path]:
+    folders = {file.parent for file in files}
+    return [folders.pop()] if len(files) > 1 and len(folders) == 1 else files
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def found_case(named: Named, wanted: Wanted, sequence: str | None, scratch: Path) -> Iterator[Case]:
+    """The files of a case; a DICOM folder is converted into ``scratch`` first.
+
+    Raises:
+        ConfigError: ``sequence`` is none of the model's, or is given for something else than a volume file.
+        DataError: Nothing there that the model takes.
+    """
+    path = named.path
+    if sequence is not None and (path.is_dir() or is_image(path)):
+        raise ConfigError(
+            "--sequence tells what a single NIfTI file is; this is none.",
+            where=hide_home(str(path)),
+            fix="leave it out: the files of a folder are told by their names",
+            code="sequence_needless",
+        )
+    if path.is_dir():
+        yield _folder_case(named, wanted, scratch)
+    elif is_image(path) and path.exists():
+        yield _picture_case(named, wanted)
+    else:
+        yield _file_case(named, wanted, sequence)
+
+
+def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
+    found = _sequences_in(named.path, wanted)
+    if not found and wanted.volumes and not _holds_volumes(named.path):
+        found = _sequences_in(_converted(named, scratch), wanted)
+    if not found:
+        inside = _cases_inside(named.path, wanted)
+        raise DataError(
+            "The folder holds none of the model's sequences.",
+            where=f"{hide_home(str(named.path))}: looked for {', '.join(wanted.sequences)} as .nii or .nii.gz",
+            fix=f"it holds folders of cases: name {hide_home(str(named.path))}/* to look at all of them"
+            if inside
+            else "name the files by these sequences, or name one NIfTI file and tell what it is with --sequence",
+            code="sequences_missing",
+        )
+    for name, entry in found.items():
+        if entry.note:
+            log.info("%s: %s: %s", named.name, name, entry.note)
+    missing = [name for name in wanted.sequences if name not in found]
+    if missing:
+        log.warning("%s: %s missing; mask tokens stand in, as in training", named.name, ", ".join(missing))
+    return Case(named.name, named.name, found)
+
+
+def _sequences_in(folder: Path, wanted: Wanted) -> dict[str, CaseSequence]:
+    return {name: found for name in wanted.sequences if (found := resolve_sequence(folder, name)) is not None}
+
+
+def _holds_volumes(folder: Path) -> bool:
+    return any(volume_stem(path) is not None for path in folder.rglob("*"))
+
+
+def _cases_inside(folder: Path, wanted: Wanted) -> bool:
+    return any(_sequences_in(folder / name, wanted) for name in case_ids(folder)[:20])
+
+
+def _converted(named: Named, scratch: Path) -> Path:
+    """The one case of a DICOM folder as NIfTI.
+
+    Raises:
+        DataError: No DICOM image, no series that the shipped mapping names, or several studies.
+    """
+    from medssl_cli.services.convert import ConvertRequest, convert_dicom
+
+    by_hand = "convert it first and name the case folder: medssl convert dicom SOURCE OUT"
+    request = ConvertRequest(named.path, scratch / "cases", align=False, workers=1, on_error="skip")
+    try:
+        result = convert_dicom(request)
+    except DataError as error:
+        if error.code == "dicom_none":
+            return named.path
+        raise DataError(error.what, where=error.where, fix=by_hand, code=error.code) from error
+    cases = sorted({output.case_id for output in result.outputs})
+    if result.error is not None and not isinstance(result.error, PartialFailure):
+        raise result.error
+    if len(cases) != 1:
+        raise DataError(
+            "A DICOM folder has to hold one study." if cases else "No series of the DICOM folder could be converted.",
+            where=f"{hide_home(str(named.path))}: {len(cases)} studies, {len(result.failures)} series refused",
+            fix=by_hand,
+            code="dicom_studies",
+        )
+    log.info("%s: converted %d series from DICOM", named.name, len(result.outputs))
+    return scratch / "cases" / cases[0]
+
+
+def _picture_case(named: Named, wanted: Wanted) -> Case:
+    if wanted.volumes:
+        raise DataError(
+            "The model reads volumes, this is a picture.",
+            where=f"{hide_home(str(named.path))}; the model's sequences: {', '.join(wanted.sequences)}",
+            fix="name a NIfTI file or a case folder, or a model pretrained on pictures",
+            code="case_kind",
+        )
+    return Case(named.name, named.name, {"image": CaseSequence("image", named.path)})
+
+
+def _file_case(named: Named, wanted: Wanted, sequence: str | None) -> Case:
+    path, stem = named.path, volume_stem(named.path)
+    if stem is None or not path.exists():
+        raise DataError(
+            "This is no case." if path.exists() else "The case does not exist.",
+            where=hide_home(str(path)),
+            fix="name a .nii or .nii.gz file, a case folder, a DICOM folder, or a PNG, JPEG or TIFF picture",
+            code="case_unknown" if path.exists() else "file_missing",
+        )
+    chosen = sequence_of(stem, wanted, sequence)
+    if not wanted.volumes:
+        log.warning("%s: the model learned from pictures; each slice is shown to it as one", named.name)
+    beside = resolve_sequence(path.parent, stem) if "dwi" in stem.lower() else None
+    index = beside.volume_index if beside is not None and beside.path == path else None
+    return Case(named.name, named.name, {chosen: CaseSequence(chosen, path, volume_index=index)})
+
+
+def sequence_of(stem: str, wanted: Wanted, asked: str | None = None) -> str:
+    """Which of the model's sequences a file is: as asked, else by its name, else the reference, which is said.
+
+    Raises:
+        ConfigError: ``asked`` is none of them.
+    """
+    if asked is not None:
+        if asked not in wanted.sequences:
+            raise ConfigError(
+                f"The model has no sequence {asked!r}.",
+                where=f"its sequences: {', '.join(wanted.sequences)}",
+                fix="pass one of them to --sequence",
+                code="sequence_unknown",
+            )
+        return asked
+    fitting = [name for name in wanted.sequences if _fits(stem.lower(), name.lower())]
+    if fitting:
+        return max(fitting, key=len)  # ax_t2_fs.nii is ax_t2_fs, though it begins as ax_t2 does
+    if wanted.volumes:
+        log.warning("%s is taken as %s, the model's reference sequence; --sequence tells otherwise", stem, wanted.reference)
+    return wanted.reference
+
+
+def _fits(stem: str, name: str) -> bool:
+    if stem == name:
+        return True
+    if "dwi" in name:
+        return is_diffusion_name(stem)
+    return stem.startswith(f"{name}_")

@@ -1,0 +1,183 @@
+"""A pretraining run, built and not yet trained: its parts, and what they promise in numbers before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from medssl_cli.core.protocols import Batch, SliceBatch
+from medssl_cli.core.run import seed_everything, seed_for, worker_count
+from medssl_cli.data.datasets import ImageDataset, SliceDataset, build_loader
+from medssl_cli.data.store import Store
+from medssl_cli.engine.precision import Precision
+from medssl_cli.engine.schedules import Schedules
+from medssl_cli.engine.trainer import Trainer
+from medssl_cli.objectives.self_distillation import SelfDistillation, expected_first_loss
+from medssl_cli.services.build import (
+    build_objective,
+    build_optimizer,
+    build_schedules,
+    build_views,
+    select_attention,
+)
+from medssl_cli.services.devices import describe_device
+from medssl_cli.services.pretrain_config import PretrainConfig
+from medssl_cli.services.training_data import build_dataset
+
+
+@dataclass
+class PretrainRun:
+    """Everything built, nothing trained.
+
+    Args:
+        sequences: Names in channel order; None for plain pictures.
+        attention: Backend in use.
+        epoch_steps: Optimizer steps an epoch.
+        workers: Loader processes.
+        notes: What is legal and yet unlikely to be meant.
+    """
+
+    config: PretrainConfig
+    device: torch.device
+    store: Store
+    dataset: SliceDataset | ImageDataset
+    objective: SelfDistillation
+    schedules: Schedules
+    trainer: Trainer
+    sequences: tuple[str, ...] | None
+    attention: str
+    epoch_steps: int
+    workers: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.total_steps
+
+    def introduction(self) -> list[str]:
+        """What will happen, in numbers."""
+        config, optim = self.config, self.config.optim
+        rule = "" if optim.scaling_rule == "identity" else f" by {optim.scaling_rule}"
+        return [
+            *self.notes,
+            f"{len(self.store)} cases, {describe_device(self.device)}, {config.compute_precision.precision}, "
+            f"attention {self.attention}, {self.workers} loader workers",
+            f"{self.total_steps} steps of {config.samples_per_step()} samples, {self.epoch_steps} an epoch; "
+            f"effective learning rate {self.schedules.lr:.3g} (base_lr {optim.base_lr:g}{rule})",
+            f"{self._tokens()}; {_expectation(config)}",
+        ]
+
+    def _tokens(self) -> str:
+        student, crops = self.config.student, self.config.crops
+        images = 1 if self.sequences is None else len(self.sequences)
+
+        def count(side: int) -> int:
+            return 1 + student.num_register_tokens + images * (side // student.patch_size) ** 2
+
+        local = f", {count(crops.local_crops_size)} a local crop" if crops.local_crops_number else ""
+        return f"{count(crops.global_crops_size)} tokens a global crop{local}"
+
+
+def build_run(
+    config: PretrainConfig,
+    device: torch.device,
+    store: Store,
+    *,
+    weights: Path | None,
+    attention: str | None = None,
+    workers: int | None = None,
+) -> PretrainRun:
+    """Dataset, networks, optimizer and trainer; the same tensors for the same seed.
+
+    Args:
+        config: The whole run.
+        device: Where to train.
+        store: Prepared cases.
+        weights: File for the student's backbone; None starts afresh, or is filled by a checkpoint.
+        attention: Backend asked for; None takes the fastest that works.
+        workers: Loader processes asked for; None takes ``train.num_workers``, or fewer CPUs.
+
+    Raises:
+        ConfigError: Slices of these volumes would be distorted.
+        CheckpointError: The weights do not fit.
+    """
+    seed_everything(config.train.seed)
+    dataset = build_dataset(store, config.data, config.train.seed)
+    sequences = config.data.mri_sequences if isinstance(dataset, SliceDataset) else None
+    backend = select_attention(attention, device, config.compute_precision.precision)
+    objective, _ = build_objective(config, sequences, device, weights)
+    epoch_steps = config.epoch_length(len(dataset))
+    schedules = build_schedules(config, epoch_steps)
+    workers = min(config.train.num_workers, worker_count()) if workers is None else workers
+    trainer = _build_trainer(config, device, dataset, objective, schedules, workers)
+    return PretrainRun(
+        config=config,
+        device=device,
+        store=store,
+        dataset=dataset,
+        objective=objective,
+        schedules=schedules,
+        trainer=trainer,
+        sequences=sequences,
+        attention=backend,
+        epoch_steps=epoch_steps,
+        workers=workers,
+        notes=schedules.warnings(),
+    )
+
+
+def _build_trainer(
+    config: PretrainConfig,
+    device: torch.device,
+    dataset: SliceDataset | ImageDataset,
+    objective: SelfDistillation,
+    schedules: Schedules,
+    workers: int,
+) -> Trainer:
+    train, seed = config.train, config.train.seed
+    channels = len(config.data.mri_sequences) if isinstance(dataset, SliceDataset) else 1
+    multi_crop = build_views(config, channels)
+
+    def batches(step: int) -> Iterator[SliceBatch]:
+        return build_loader(
+            dataset,
+            batch_size=train.batch_size_per_gpu,
+            accumulation=train.grad_accumulation,
+            workers=workers,
+            seed=seed,
+            start_step=step,
+            timeout_s=train.loader_timeout_s,
+            pin_memory=device.type == "cuda",
+            prefetch=train.prefetch_factor,
+        )
+
+    def views(slices: SliceBatch, step: int, micro: int) -> Batch:
+        return multi_crop(slices, seed_for(seed, "views", step, micro, 0))
+
+    return Trainer(
+        objective=objective,
+        optimizer=build_optimizer(config, objective, device),
+        schedules=schedules,
+        batches=batches,
+        views=views,
+        total_steps=schedules.total_steps,
+        device=device,
+        precision=Precision(config.compute_precision.precision, device),
+        accumulation=train.grad_accumulation,
+        clip_grad=config.optim.clip_grad,
+        seed=seed,
+        checkpoint_every=train.checkpoint_period_iterations or train.saveckp_freq * schedules.epoch_steps,
+        loader_timeout_s=train.loader_timeout_s,
+    )
+
+
+def _expectation(config: PretrainConfig) -> str:
+    expected = expected_first_loss(
+        config.dino, config.ibot, config.crops.local_crops_number, config.train.batch_size_per_gpu
+    )
+    terms = ", ".join(f"{name.removesuffix('_loss')} {value:.1f}" for name, value in expected.items())
+    return f"expected first loss about {sum(expected.values()):.1f} ({terms})"

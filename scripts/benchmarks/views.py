@@ -1,0 +1,45 @@
+"""``bench.py views``: all crops and masks of a sample, on one core and on the device in use."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import torch
+
+from benchmarks.measuring import Findings, Mark, Options, Parts, Rows, measure, one_thread
+from benchmarks.recipe import SEQUENCES, crop_sizes, pretrain_config, random_slices
+from medssl_cli.services.build import build_views
+from medssl_cli.services.devices import describe_device
+
+
+def views(options: Options) -> Findings:
+    """All crops and masks of a sample: on one core, and on the device in use."""
+    rows: Rows = []
+    batch = options.batch[0]
+    changes = {
+        "crops alone": ("intensity_aug=none", "blur_probs=[0,0,0]", "gamma_range=[1,1]"),
+        "crops, blur, gamma": ("intensity_aug=none",),
+        "crops, blur, gamma, rc": ("intensity_aug=rc",),
+    }
+    for device in {"cpu": torch.device("cpu"), options.device.type: options.device}.values():
+        slices = random_slices(pretrain_config(options, batch), device)
+        parts: Parts = {}
+        for name, overrides in changes.items():
+            config = pretrain_config(options, batch, *(f"crops.{text}" for text in overrides))
+            make, seeds = build_views(config, len(SEQUENCES)), itertools.count()
+            parts[name] = lambda make=make, slices=slices, seeds=seeds: make(slices, next(seeds))
+        with one_thread() if device.type == "cpu" else contextlib.nullcontext():
+            timings = measure(parts, options.repeat, device)
+        place = "one core" if device.type == "cpu" else describe_device(device)
+        rows += [timing.row(f"{name}; {place}", batch) for name, timing in timings.items()]
+    times = {row["what"]: row["cpu_ms"] for row in rows}
+    return Findings(
+        {"batch": batch, **crop_sizes(config)},
+        rows,
+        {"rc / crops alone, one core, cpu": rows[2]["cpu_ms"] / rows[0]["cpu_ms"]},
+        [
+            Mark("ms a sample, crops alone, one core", times["crops alone; one core"], 14),
+            Mark("ms a sample, rc, one core", times["crops, blur, gamma, rc; one core"], 150),
+        ],
+    )
