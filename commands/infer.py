@@ -9,23 +9,28 @@ import typer
 def run(
     cases: Annotated[
         list[str],
-        typer.Argument(metavar="CASE... [KEY=VALUE]...", help="NIfTI files, case folders or pictures; then overrides."),
+        typer.Argument(
+            metavar="CASE... [KEY=VALUE]...",
+            help="NIfTI files, case folders, DICOM folders, pictures, or a CSV of paths; then overrides.",
+        ),
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="Run folder or weight file; default: MEDSSL_MODEL, then the newest finished run under ./runs."),
+        typer.Option(
+            help="Run folder or weight file; default: MEDSSL_MODEL, then the newest finished run under ./runs."
+        ),
     ] = None,
     heatmap: Annotated[bool, typer.Option("--heatmap", help="Add a heat map on the grid of the input.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the results; one sub-folder a case if there are several.")] = Path(
-        "out"
-    ),
-    top_k: Annotated[int, typer.Option(min=1, help="Slices shown in heatmap.png.")] = 5,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; one sub-folder a case if there are several.")
+    ] = Path("out"),
+    top_k: Annotated[int, typer.Option(min=1, help="Hottest slices that are listed and shown.")] = 5,
     sequence: Annotated[
-        str | None, typer.Option(help="Which of the model's sequences a single file is; default: by its name.")
+        str | None, typer.Option(help="Which of the model's sequences a single NIfTI file is; default: by its name.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="A case that cannot be read: stop, or skip and list it.")
+        Literal["stop", "skip"], typer.Option(help="A case that cannot be read: stop (exit 3), or list it (exit 4).")
     ] = "stop",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds something else.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
@@ -46,9 +51,13 @@ def run(
         on_error=on_error,
         overwrite=overwrite,
     )
-    with progress_bar("cases") as progress:
-        result = infer(request, progress=progress if len(request.cases) > 1 else None)
-    typer.echo(result.to_json() if json else result.summary())
+    with progress_bar("infer") as progress:
+        result = infer(request, progress=progress)
+    text = result.to_json() if json else result.summary()
+    if text:
+        typer.echo(text)
+    if result.error is not None:
+        raise result.error
 
 
 def _is_override(word: str) -> bool:

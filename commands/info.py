@@ -8,7 +8,8 @@ import typer
 
 def run(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|FILE]", help="Run folder or weight file; the newest finished run if not given.")
+        Path | None,
+        typer.Argument(metavar="[RUN|FILE]", help="Run folder or weight file; the newest finished run if not given."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
 ) -> None:

@@ -11,7 +11,9 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.base_lr=1e-4.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="Path of a YAML or JSON file, or the name of a recipe.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Case tree or image tree; default: data.root of the config.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Case tree or image tree; default: data.root of the config.")
+    ] = None,
     split_csv: Annotated[Path | None, typer.Option(help="CSV of the cases to train on.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; a run that is there is resumed. [default: runs/NAME OF CONFIG]")
@@ -21,15 +23,23 @@ def run(
     init: Annotated[Path | None, typer.Option(help="Weights for the student's backbone; training starts at 0.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16.")] = None,
-    attention: Annotated[str | None, typer.Option(help="xformers, sdpa or plain; default: the fastest that works.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes Python, NumPy and torch.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loader processes; default: train.num_workers, or fewer CPUs.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="xformers, sdpa or plain; default: the fastest that works.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Fixes Python, NumPy and torch.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Loader processes; default: train.num_workers, or fewer CPUs.")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(envvar="MEDSSL_CACHE", help="Where prepared volumes are kept. [default: ~/.cache/medssl]"),
     ] = None,
-    on_error: Annotated[str, typer.Option(help="A case that cannot be read: stop, or skip and list it.")] = "stop",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything, run one step, print estimates, write nothing.")] = False,
+    on_error: Annotated[
+        str | None, typer.Option(help="A case that cannot be read: stop, or skip and list it. [default: stop]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, run one step, print estimates, write nothing.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Five steps on up to four cases; writes nothing.")] = False,
     allow_config_change: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Resume although this key differs; may be repeated.")
@@ -72,3 +82,5 @@ def run(
     with progress_bar("preparing") as progress:
         result = pretrain(request, progress=progress, say=lambda line: typer.echo(line, err=json))
     typer.echo(result.to_json() if json else result.summary())
+    if result.error is not None:
+        raise result.error

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -26,6 +27,7 @@ from benchmarks.startup import startup
 from benchmarks.step import step
 from benchmarks.views import views
 
+from medssl_cli.core.errors import MedsslError
 from medssl_cli.core.run import provenance, result_header, to_json
 from medssl_cli.services.devices import describe_device, resolve_device
 
@@ -119,7 +121,7 @@ def read_options(arguments: Sequence[str] | None) -> tuple[str, bool, Options]:
     parser.add_argument("--arch", default="vit_base", help="vit_tiny, vit_small, vit_base, vit_large")
     parser.add_argument("--attention", nargs="+", default=[], help="kernels; all that work if not given")
     parser.add_argument("--workers", type=int, nargs="+", help="loader processes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block, which medssl does not do")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, which medssl does not do")
     given = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     options = Options(
@@ -136,12 +138,11 @@ def read_options(arguments: Sequence[str] | None) -> tuple[str, bool, Options]:
     return given.name, given.json, options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one benchmark and print it."""
-    name, as_json, options = read_options(arguments)
+def run(name: str, options: Options) -> dict[str, Any]:
+    """One benchmark as a document."""
     started, on_machine = time.time(), machine(options.device)
     found = BENCHMARKS[name](options)
-    document = {
+    return {
         **result_header(f"bench {name}", started),
         "machine": on_machine,
         "device": describe_device(options.device),
@@ -154,8 +155,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratios": found.ratios,
         "marks": judged(found.marks, tiny=options.tiny),
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark and print it; gives the exit status."""
+    try:
+        name, as_json, options = read_options(arguments)
+        document = run(name, options)
+    except MedsslError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     print(to_json(document) if as_json else report(document))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -135,3 +135,31 @@ def command_names() -> list[str]:
 def test_help_loads_nothing_heavy(name: str) -> None:
     loaded = run_and_list_modules(*([name] if name else []), "--help")
     assert not loaded & HEAVY
+
+
+IMPORT_ALL = """
+import importlib, os, pkgutil, sys, warnings
+warnings.simplefilter("ignore")
+for name in ("torchvision", "timm", "xformers", "transformers", "monai", "highdicom", "submitit", "pandas", "cuml"):
+    sys.modules[name] = None  # a module that is None cannot be imported
+before = dict(os.environ)
+import medssl_cli
+for info in pkgutil.walk_packages(medssl_cli.__path__, "medssl_cli."):
+    importlib.import_module(info.name)
+for name in ("commands", "configs"):
+    package = importlib.import_module(f"medssl_cli.{name}")
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(info.name)
+changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+assert not changed, changed
+import torch
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+print("imported", sum(name.startswith("medssl_cli.") for name in sys.modules))
+"""
+
+
+def test_t26_t37_every_module_imports_alone_and_changes_nothing() -> None:
+    """No optional package is needed to import, no device is taken, no environment variable is set."""
+    answer = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, timeout=120, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert int(answer.stdout.split()[-1]) > 60

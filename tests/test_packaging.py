@@ -1,4 +1,4 @@
-"""sdist -> wheel -> a working program with its recipes, away from the checkout; dependencies declared are dependencies used."""
+"""sdist -> wheel -> a working program with its recipes, elsewhere; what is declared is what is used."""
 
 from __future__ import annotations
 
@@ -83,4 +83,6 @@ def test_sdist_to_wheel_works_elsewhere(tmp_path: Path) -> None:
     listing = run(sys.executable, "-m", "medssl_cli", "pretrain", "--list-configs", cwd=tmp_path, env=environment)
     assert "prostate_vitb14" in listing
     shipped = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
-    assert shipped == {p.relative_to(site / "medssl_cli/configs") for p in (site / "medssl_cli/configs").rglob("*.yaml")}
+    assert shipped == {
+        p.relative_to(site / "medssl_cli/configs") for p in (site / "medssl_cli/configs").rglob("*.yaml")
+    }

@@ -72,7 +72,8 @@ def load_config(
         raise ConfigError(
             f"{count} in the configuration.",
             where="\n".join(faults),
-            fix=f"correct {'it' if len(faults) == 1 else 'them'} in {source or 'the command line'}; nothing was written",
+            fix=f"correct {'it' if len(faults) == 1 else 'them'} in {source or 'the command line'}; "
+            "nothing was written",
             code="config_invalid",
         )
     return config
@@ -173,7 +174,7 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: object, faults: list
 def _say(kind: type[BaseModel], error: Any) -> str:
     """One line for one pydantic error."""
     names = [str(part) for part in error["loc"]]
-    dotted = ".".join(names) or "the whole"
+    dotted = ".".join(names)
     if error["type"] == "extra_forbidden":
         near = nearest_key(kind, dotted)
         return f"{dotted}: unknown key" + (f"; did you mean {near}?" if near else "")
@@ -183,7 +184,7 @@ def _say(kind: type[BaseModel], error: Any) -> str:
     message = message[:1].lower() + message[1:]
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, list)) and len(repr(given)) < 80 else ""
-    return f"{dotted}: {message}{shown}"
+    return f"{dotted}: {message}{shown}" if dotted else message  # a fault between sections names its keys itself
 
 
 def nearest_key(kind: type[BaseModel], dotted: str) -> str | None:

@@ -116,7 +116,7 @@ class Objective(Protocol):
         """Weighted scalar terms of one batch; the trainer adds them. ``values`` holds this step's schedules."""
 
     def after_step(self, values: Mapping[str, float]) -> None:
-        """Called once after each optimizer update: moves the teacher and the centres."""
+        """Called once a step, also if fp16 skipped the update: moves the teacher and the centres."""
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Sub-modules with their own gradient norm, by name: ``backbone``, ``dino_head``, ``ibot_head``."""

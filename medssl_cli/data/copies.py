@@ -41,7 +41,7 @@ def refuse_copies(splits: Mapping[str, Sequence[Case]]) -> None:
 
 
 def find_copies(splits: Mapping[str, Sequence[Case]]) -> list[tuple[Place, Place]]:
-    """Pairs of files with the same bytes in two different splits; files that cannot be looked at are left to readers."""
+    """Pairs of files with the same bytes in two different splits; missing files are left to the readers."""
     places = [
         (split, case.case_id, sequence.path)
         for split, cases in splits.items()

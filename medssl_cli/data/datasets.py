@@ -60,7 +60,8 @@ class DataConfig(Config):
     mri_sequences: tuple[str, ...] = ("ax_t2wi", "ax_adc", "ax_dwi")
     """Sequences in channel order; a list, or one text with commas."""
     random_axes: bool = False
-    """TRAIN only: axial, coronal or sagittal, drawn alike; needs voxels that are about cubes (`preprocess`)."""
+    """TRAIN only: axial, coronal or sagittal, drawn alike among those that the voxels of a case do not distort;
+    `preprocess.resample_mm` makes them all usable."""
     random_slices: bool = False
     """TRAIN only: any slice with enough region of interest, instead of the one with the most."""
     roi: str = "roi_Prostate"
@@ -174,7 +175,8 @@ class SliceDataset:
 
     A slice smaller than the window is enlarged until its longer side is ``spatial_size``; its shape stays, and the
     batch pads it. Where the pixels of a plane are not square, the window spans the same millimetres both ways and is
-    brought to square pixels: shapes are never stretched.
+    brought to square pixels: shapes are never stretched. With random axes, those whose planes would be badly distorted
+    are left out case by case.
 
     Args:
         store: Prepared volumes.
@@ -182,7 +184,7 @@ class SliceDataset:
         seed: Of the run.
 
     Raises:
-        ConfigError: Random axes on voxels that are no cubes.
+        ConfigError: Axial slices would be badly distorted.
     """
 
     def __init__(self, store: Store, config: DataConfig, seed: int) -> None:
@@ -190,7 +192,7 @@ class SliceDataset:
             raise ValueError("slices are cut from a store of volumes")
         self.store, self.config, self.seed = store, config, seed
         self.axes = (0, 1, 2) if config.random_axes and config.split == "TRAIN" else (AXIAL,)
-        _refuse_stretched(store, self.axes)
+        self._usable_C3 = _usable_axes(store, self.axes)
         self._roi_allowed = exposed_rois(store, config.percentage_labels, seed)
         self.with_roi = config.append_label_mask is not False and len(self._roi_allowed) > 0
 
@@ -209,7 +211,7 @@ class SliceDataset:
         """
         position, case = key
         draw = np.random.default_rng(seed_for(self.seed, "slice", position))
-        axis = self.axes[int(draw.integers(len(self.axes)))] if len(self.axes) > 1 else self.axes[0]
+        axis = self._choose_axis(case, draw)
         roi = case in self._roi_allowed
         facts = self.store.slice_facts(case, axis)
         index = self._choose_slice(facts, roi, draw)
@@ -232,6 +234,12 @@ class SliceDataset:
             index=index,
             window=window,
         )
+
+    def _choose_axis(self, case: int, draw: np.random.Generator) -> int:
+        if len(self.axes) == 1:
+            return self.axes[0]
+        axes = np.flatnonzero(self._usable_C3[case])
+        return int(axes[draw.integers(len(axes))])
 
     def _choose_slice(self, facts: SliceFacts, roi: bool, draw: np.random.Generator) -> int:
         train = self.config.split == "TRAIN"
@@ -535,8 +543,11 @@ class Loader(Iterator[SliceBatch]):
         started = time.monotonic()
         while True:
             try:
-                return next(self._batches)
+                with self._watchdog() as ended_by_us:
+                    return next(self._batches)
             except (RuntimeError, OSError, EOFError) as error:
+                if ended_by_us.is_set():
+                    raise self._silence() from error
                 # RuntimeError: PyTorch's word for the end of a poll and for a dead worker. The others: a worker died
                 # after it announced a batch, whose memory can no longer be fetched from it.
                 ended = self._ended(wait_s=0.0 if isinstance(error, RuntimeError) else _POLL_S)
@@ -550,6 +561,27 @@ class Loader(Iterator[SliceBatch]):
                     raise
                 if time.monotonic() - started >= self.timeout_s:
                     raise self._silence() from error
+
+    @contextlib.contextmanager
+    def _watchdog(self) -> Iterator[threading.Event]:
+        """End a worker that was stopped as a whole: fetching the batch that it announced would wait for ever.
+
+        A batch lies in shared memory whose handle the worker itself hands over, and no time-out covers that.
+        """
+        ended = threading.Event()
+        process = self._batches._workers[self._number % self._workers]
+
+        def end() -> None:
+            ended.set()
+            process.kill()
+
+        timer = threading.Timer(self.timeout_s + 2 * _POLL_S, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield ended
+        finally:
+            timer.cancel()
 
     def _ended(self, wait_s: float) -> list[Any]:
         """Workers that are no more; waits a moment for the first, whose end the system may still be at."""
@@ -652,23 +684,44 @@ def _exit_words(exitcode: int) -> str:
     return f"killed by signal {-exitcode}"
 
 
-def _refuse_stretched(store: Store, axes: tuple[int, ...]) -> None:
-    """Refuse planes whose pixels are far from square."""
+def _usable_axes(store: Store, axes: tuple[int, ...]) -> np.ndarray:
+    """(cases, 3) bool: the planes across which axes have pixels that are not far from square.
+
+    Raises:
+        ConfigError: Axial planes have not.
+    """
     spacings = store.spacings()
-    for axis in axes:
-        plane = np.delete(spacings, axis, axis=1)
-        ratio = plane.max(axis=1) / plane.min(axis=1)
-        bad = np.flatnonzero(ratio > MAX_ANISOTROPY)
-        if len(bad):
-            worst = int(bad[ratio[bad].argmax()])
-            spacing = Spacing(*(float(mm) for mm in spacings[worst]))
-            side = round(float(np.median(spacings[bad].min(axis=1))), 2)
-            raise ConfigError(
-                f"{AXIS_NAMES[axis].capitalize()} slices would be badly distorted: pixels of "
-                f"{plane[worst].max():.3g} x {plane[worst].min():.3g} mm.",
-                where=f"{len(bad)} of {len(store)} cases, e.g. {store.case_id(worst)}: "
-                f"spacing z {spacing.z:.3g}, y {spacing.y:.3g}, x {spacing.x:.3g} mm",
-                fix=f"set data.preprocess.resample_mm=[{side:g},{side:g},{side:g}]"
-                + ("" if axis == AXIAL else ", or data.random_axes=false"),
-                code="slices_stretched",
-            )
+    planes = np.stack([np.delete(spacings, axis, axis=1) for axis in (0, 1, 2)], axis=1)
+    ratio_C3 = planes.max(axis=2) / planes.min(axis=2)
+    usable_C3 = ratio_C3 <= MAX_ANISOTROPY
+    if not usable_C3[:, AXIAL].all():
+        raise ConfigError(
+            "Axial slices would be badly distorted.",
+            where=_worst(store, spacings, ratio_C3, usable_C3, AXIAL),
+            fix=f"set {_resampled(spacings[~usable_C3[:, AXIAL]])}",
+            code="slices_stretched",
+        )
+    others = [axis for axis in axes if not usable_C3[:, axis].all()]
+    if others:
+        bad = ~usable_C3[:, others].all(axis=1)
+        log.warning(
+            "Random axes: %s slices are left out in %s, where they would be badly distorted; %s brings them in.",
+            " and ".join(AXIS_NAMES[axis] for axis in others),
+            _worst(store, spacings, ratio_C3, usable_C3, others[0]),
+            _resampled(spacings[bad]),
+        )
+    return usable_C3
+
+
+def _worst(store: Store, spacings: np.ndarray, ratio_C3: np.ndarray, usable_C3: np.ndarray, axis: int) -> str:
+    worst = int(ratio_C3[:, axis].argmax())
+    spacing = Spacing(*(float(mm) for mm in spacings[worst]))
+    return (
+        f"{int((~usable_C3[:, axis]).sum())} of {len(store)} cases, e.g. {store.case_id(worst)}: "
+        f"spacing z {spacing.z:.3g}, y {spacing.y:.3g}, x {spacing.x:.3g} mm"
+    )
+
+
+def _resampled(spacings: np.ndarray) -> str:
+    side = round(float(np.median(spacings.min(axis=1))), 2)
+    return f"data.preprocess.resample_mm=[{side:g},{side:g},{side:g}]"

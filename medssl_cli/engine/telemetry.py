@@ -52,7 +52,7 @@ class StepRecord:
         images: Images of the update, over all processes.
         seconds: Wall time of the update.
         data_seconds: Part of it spent waiting for the loader.
-        loss_scale_skipped: True if fp16 overflowed and nothing was updated.
+        loss_scale_skipped: True if fp16 overflowed and the student was not updated.
     """
 
     step: int

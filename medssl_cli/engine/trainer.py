@@ -212,10 +212,10 @@ class Trainer:
             raise evidence.error(modules, self._last_good()) if refused else _elsewhere(evidence.step)
         if overflow:
             self.precision.skip()
-            return False
-        self.precision.step(self.optimizer)
-        self.objective.after_step(values)
-        return True
+        else:
+            self.precision.step(self.optimizer)
+        self.objective.after_step(values)  # also without an update, as in DINOv2: the batch must not count in the next
+        return not overflow
 
     # --- around the steps ---
 

@@ -65,8 +65,8 @@ class PatchEmbed(nn.Module):
         return F.conv2d(images_BCHW, weight, self.proj.bias, stride=self.patch_size).flatten(2).transpose(1, 2)
 
 
-_CARRIED_NUMBERS = 2**23
-"""Attention weights of all heads that ``Attention.carried`` holds at once: 32 MiB."""
+_CARRIED_NUMBERS = 2**21
+"""Attention weights of all heads that ``Attention.carried`` holds at once: 8 MiB."""
 
 
 class Attention(nn.Module):
@@ -110,8 +110,8 @@ class Attention(nn.Module):
         carried_BN = torch.zeros_like(share_BN)
         for start in range(0, q.shape[2], rows):
             part = slice(start, start + rows)
-            weights_BRN = (q[:, :, part] @ k_BAEN).softmax(-1).mean(1)
-            carried_BN += (share_BN[:, None, part] @ weights_BRN)[:, 0]
+            weights_BARN = (q[:, :, part] @ k_BAEN).softmax(-1)
+            carried_BN += (share_BN[:, None, None, part] @ weights_BARN).mean((1, 2))
         return carried_BN
 
 

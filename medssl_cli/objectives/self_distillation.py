@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from medssl_cli.core.config import Config

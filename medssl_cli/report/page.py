@@ -178,7 +178,8 @@ class Page:
             f'<meta http-equiv="Content-Security-Policy" content="{self._policy()}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
-            f'<title>{escaped(self.title)}</title><link rel="icon" href="data:,"><style>{_STYLE}{"".join(self._styles)}</style></head>'
+            f'<title>{escaped(self.title)}</title><link rel="icon" href="data:,">'
+            f"<style>{_STYLE}{''.join(self._styles)}</style></head>"
             f'<body><a class="skip" href="#main">Skip to the content</a><main id="main">'
             f"<header><h1>{escaped(self.title)}</h1>{lead}</header>{contents}\n"
             + "\n".join(self._parts)

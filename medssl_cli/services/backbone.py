@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,7 +192,10 @@ class Planes:
     @property
     def filled_N(self) -> np.ndarray:
         """Which slices hold more than one value in some sequence; padding holds none."""
-        return (self.high_SN > self.low_SN)[self.available_S if len(self.available_S) > 1 else slice(None)].any(0)
+        filled_SN = self.high_SN > self.low_SN
+        if len(self.available_S) > 1:
+            filled_SN = filled_SN[self.available_S]
+        return np.asarray(filled_SN.any(axis=0))
 
 
 def open_backbone(found: FoundModel, device: torch.device) -> Backbone:
@@ -298,8 +300,3 @@ def _in_colour(values: np.ndarray, backbone: Backbone) -> np.ndarray:
 
 def _numbers(value: float | list[float]) -> float | tuple[float, ...]:
     return tuple(float(v) for v in value) if isinstance(value, list) else float(value)
-
-
-def weights_name(found: FoundModel) -> Path:
-    """What the user knows the model by: its run, or its file."""
-    return found.run or found.weights

@@ -36,8 +36,8 @@ def build_objective(
         weights: File for the student's backbone; the teacher becomes a copy.
     """
     torch.manual_seed(config.train.seed)
-    student = build_backbone(config.student, config.train.img_size, sequences, stochastic_depth=True)
-    teacher = build_backbone(config.student, config.train.img_size, sequences, stochastic_depth=False)
+    student = build_backbone(config.student, config.position_side, sequences, stochastic_depth=True)
+    teacher = build_backbone(config.student, config.position_side, sequences, stochastic_depth=False)
     report = None
     if weights is not None:
         report = load_into(student, read_weights(weights), source=str(weights), sequences=_sequences_of(weights))
@@ -63,9 +63,7 @@ def _sequences_of(weights: Path) -> list[str] | None:
     return None
 
 
-def build_optimizer(
-    config: PretrainConfig, objective: SelfDistillation, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(config: PretrainConfig, objective: SelfDistillation, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the groups of the student's modules."""
     groups = parameter_groups(
         objective.trained_modules(),

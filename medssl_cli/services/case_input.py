@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -166,7 +167,8 @@ def found_case(named: Named, wanted: Wanted, sequence: str | None, scratch: Path
             code="sequence_needless",
         )
     if path.is_dir():
-        yield _folder_case(named, wanted, scratch)
+        with _naming_source(named, scratch):
+            yield _folder_case(named, wanted, scratch)
     elif is_image(path) and path.exists():
         yield _picture_case(named, wanted)
     else:
@@ -194,6 +196,17 @@ def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
     if missing:
         log.warning("%s: %s missing; mask tokens stand in, as in training", named.name, ", ".join(missing))
     return Case(named.name, named.name, found)
+
+
+@contextmanager
+def _naming_source(named: Named, scratch: Path) -> Iterator[None]:
+    """Put the folder that the user named in place of a converted file, which is gone by then and may tell a patient."""
+    try:
+        yield
+    except DataError as error:
+        inside = re.escape(str(scratch / "cases")) + r"/[^/\n]*"
+        where = re.sub(inside, lambda _: hide_home(str(named.path)), error.where)
+        raise DataError(error.what, where=where, fix=error.fix, code=error.code) from error
 
 
 def _sequences_in(folder: Path, wanted: Wanted) -> dict[str, CaseSequence]:
@@ -285,7 +298,9 @@ def sequence_of(stem: str, wanted: Wanted, asked: str | None = None) -> str:
     if fitting:
         return max(fitting, key=len)  # ax_t2_fs.nii is ax_t2_fs, though it begins as ax_t2 does
     if wanted.volumes:
-        log.warning("%s is taken as %s, the model's reference sequence; --sequence tells otherwise", stem, wanted.reference)
+        log.warning(
+            "%s is taken as %s, the model's reference sequence; --sequence tells otherwise", stem, wanted.reference
+        )
     return wanted.reference
 
 

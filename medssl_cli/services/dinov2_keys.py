@@ -40,8 +40,8 @@ def _refuse_semi_supervised(section: Any) -> None:
     weight = section.get("loss_weight", 0) if isinstance(section, Mapping) else 0
     if weight:
         raise ValueError(
-            f"semi_supervised.loss_weight is {weight}, but there is no semi-supervised loss here; set it to 0 and train "
-            "a head on the labels with `medssl train-head`"
+            f"semi_supervised.loss_weight is {weight}, but there is no semi-supervised loss here; set it to 0 "
+            "and train a head on the labels with `medssl train-head`"
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.errors import CheckpointError
-from medssl_cli.core.run import result_header, to_json
+from medssl_cli.core.run import hide_home, result_header, to_json
 from medssl_cli.services.lookup import find_model, run_status
 
 MAX_HEADER_BYTES = 100_000_000
@@ -27,9 +28,9 @@ class Info:
         return to_json(self.facts)
 
     def summary(self) -> str:
-        """One ``name: value`` line a fact."""
+        """One ``name: value`` line a fact, groups indented."""
         skip = {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"}
-        return "\n".join(f"{key + ':':<22} {_short(value)}" for key, value in self.facts.items() if key not in skip)
+        return "\n".join(_lines({key: value for key, value in self.facts.items() if key not in skip}))
 
 
 def info(path: Path | None) -> Info:
@@ -67,9 +68,9 @@ def _describe_run(run: Path) -> dict[str, Any]:
             fix="name the folder given to --out",
             code="not_a_run",
         )
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record = _read_object(run / "run.json", "not_a_run")
     steps = sorted(p.name for p in (run / "checkpoints").glob("step_*") if p.is_dir())
-    facts: dict[str, Any] = {"kind": "run", "path": str(run), "status": status}
+    facts: dict[str, Any] = {"kind": "run", "path": hide_home(str(run)), "status": status}
     facts |= {
         key: record[key]
         for key in ("recipe", "step", "total_steps", "device", "sequences", "data_digest", "split_digest", "versions")
@@ -88,7 +89,7 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     count = sum(_size(entry["shape"]) for entry in tensors.values())
     facts: dict[str, Any] = {
         "kind": "weights",
-        "path": str(path),
+        "path": hide_home(str(path)),
         "tensors": len(tensors),
         "parameters": count,
         "dtypes": sorted({entry["dtype"] for entry in tensors.values()}),
@@ -96,8 +97,23 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     }
     card = path.with_suffix(".json")
     if card.is_file():
-        facts["card"] = json.loads(card.read_text(encoding="utf-8"))
+        facts["card"] = _read_object(card, "card_invalid")
     return facts
+
+
+def _read_object(path: Path, code: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"a {type(data).__name__}, not an object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(
+            "A JSON file of the model is damaged.",
+            where=f"{path}: {str(error)[:200]}",
+            fix="copy it again from the run that made it",
+            code=code,
+        ) from error
+    return data
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -132,9 +148,17 @@ def _size(shape: list[int]) -> int:
     return product
 
 
+def _lines(facts: dict[str, Any], indent: int = 0) -> Iterator[str]:
+    for key, value in facts.items():
+        name = " " * indent + str(key) + ":"
+        if isinstance(value, dict) and value:
+            yield name
+            yield from _lines(value, indent + 2)
+        else:
+            yield f"{name:<28} {_short(value)}"
+
+
 def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(_short(v) for v in value) or "none"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -2,63 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from medssl_cli.core.config import dump_config, load_config
-from medssl_cli.core.errors import ConfigError, Interrupted, MedsslError, PartialFailure
-from medssl_cli.core.protocols import Batch, SliceBatch
+from medssl_cli.core.errors import ConfigError, MedsslError, PartialFailure
 from medssl_cli.core.run import (
-    claim_out_folder,
-    locked,
     plain,
     provenance,
     result_header,
-    seed_everything,
-    seed_for,
     to_json,
     worker_count,
     write_failures,
-    write_json,
     write_text,
 )
-from medssl_cli.data.datasets import ImageDataset, SliceDataset, build_loader, prepare_store
+from medssl_cli.data.datasets import prepare_store
 from medssl_cli.data.store import Store, default_cache, estimate_bytes
 from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, compare_configs
-from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.telemetry import Telemetry, read_metrics
-from medssl_cli.engine.trainer import FitResult, Trainer
+from medssl_cli.engine.trainer import FitResult
+from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import save_backbone
-from medssl_cli.objectives.self_distillation import SelfDistillation, expected_first_loss
 from medssl_cli.report.plots import draw_progress
-from medssl_cli.services.build import (
-    build_objective,
-    build_optimizer,
-    build_schedules,
-    build_views,
-    card_facts,
-    select_attention,
-)
+from medssl_cli.services.build import card_facts
 from medssl_cli.services.devices import describe_device, resolve_device
-from medssl_cli.services.lookup import EXPORT
-from medssl_cli.services.pretrain_config import SAFE_KEYS, PretrainConfig
-from medssl_cli.services.training_data import TrainingData, build_dataset, read_training_data
+from medssl_cli.services.lookup import EXPORT, run_status
+from medssl_cli.services.pretrain_config import SAFE_KEYS, PretrainConfig, dataset_string_as_overrides
+from medssl_cli.services.pretrain_run import PretrainRun, build_run
+from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable, without_home
+from medssl_cli.services.training_data import TrainingData, read_training_data
 
 log = logging.getLogger(__name__)
 
 SMOKE_STEPS = 5
 SMOKE_CASES = 4
+SMOKE_BATCH = 2  # the least that KoLeo can work on; the documented recipe takes minutes on a CPU even so
+SMOKE_ROOT = "PROSTATE_DATA_ROOT"
+"""Environment variable with the data root of ``--smoke``, where nothing else names one."""
+
+LEFT_BY_A_RUN = (
+    *("checkpoints", "tb", "export", "eval", "training_metrics.jsonl", "training_metrics.json"),
+    *("progress.png", "run.json", "log.txt", "config.yaml", "failures.csv"),
+)
+"""What ``--no-resume`` removes once the new run is built."""
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -96,10 +94,17 @@ class PretrainRequest:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a call did, for people and for scripts."""
+    """What a call did, for people and for scripts.
+
+    Args:
+        lines: For people.
+        facts: For scripts, with the common header.
+        error: Raised by the command after it has printed, when cases were left out.
+    """
 
     lines: list[str]
     facts: dict[str, Any]
+    error: MedsslError | None = None
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -122,8 +127,58 @@ def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say:
         MedsslError: Each kind with its exit code; see ``core.errors``.
     """
     started = time.time()
-    config = resolve_config(request)
-    device = resolve_device(request.device)
+    with HeldLog() as lines, stoppable("preparing"):
+        config = resolve_config(request)
+        _check_request(request)
+        device = resolve_device(request.device)
+        for text in config.warnings():
+            log.warning("%s", text)
+        data = read_training_data(config.data)
+        if request.smoke or request.dry_run:
+            with _scratch_run(request, config, device, data, progress) as run:
+                return _smoke(run, say, started) if request.smoke else _dry_run(run, data, started)
+        with RunFolder(_out(request, config), "pretrain", lines, overwrite=request.overwrite) as folder:
+            return _train(request, config, device, data, folder, progress, started)
+
+
+def resolve_config(request: PretrainRequest) -> PretrainConfig:
+    """The configuration in force: default < file < flag < KEY=VALUE.
+
+    Raises:
+        ConfigError: Unreadable file, unknown keys, wrong types: all of them in one message.
+    """
+    flags = {
+        "data.root": None if request.data is None else str(request.data),
+        "data.split_csv": None if request.split_csv is None else str(request.split_csv),
+        "data.on_error": request.on_error,
+        "train.seed": request.seed,
+        "train.num_workers": request.workers,
+        "train.output_dir": None if request.out is None else str(request.out),
+        "compute_precision.precision": request.precision,
+        "MODEL.WEIGHTS": None if request.init is None else str(request.init),
+    }
+    config = load_config(
+        PretrainConfig, request.config, recipes="pretrain", flags=flags, overrides=_spelt_out(request.overrides)
+    )
+    root = os.environ.get(SMOKE_ROOT)
+    if request.smoke and root and not config.data.root:
+        log.info("data: %s, as %s says", root, SMOKE_ROOT)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    return config
+
+
+def _spelt_out(overrides: tuple[str, ...]) -> list[str]:
+    """The overrides; a dataset string among them is followed by what it sets, so that it counts as an override."""
+    texts = []
+    for text in overrides:
+        texts.append(text)
+        key, _, value = text.partition("=")
+        if key.strip() == "train.dataset_path" and value:
+            texts += dataset_string_as_overrides(value)
+    return texts
+
+
+def _check_request(request: PretrainRequest) -> None:
     if request.gpus > 1:
         raise ConfigError(
             "One process trains here; several GPUs cannot be used together yet.",
@@ -131,134 +186,13 @@ def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say:
             fix="drop --gpus; train.grad_accumulation gives the same total batch on one GPU",
             code="gpus_unavailable",
         )
-    for text in config.warnings():
-        log.warning("%s", text)
-    data = read_training_data(config.data)
-    if request.smoke or request.dry_run:
-        with _scratch_run(request, config, device, data, progress) as run:
-            return _smoke(run, say, started) if request.smoke else _dry_run(run, data, started)
-    out = request.out or Path("runs") / request.recipe
-    claim_out_folder(out, "pretrain", overwrite=request.overwrite)
-    with locked(out, "run folder"), _log_file(out / "log.txt"):
-        return _train(request, config, device, data, out, progress, started)
+    if request.smoke and request.dry_run:
+        raise ConfigError("--smoke and --dry-run exclude each other.", fix="pass one of them", code="flags_exclude")
 
 
-def resolve_config(request: PretrainRequest) -> PretrainConfig:
-    """The configuration in force: default < file < flag < KEY=VALUE."""
-    flags = {
-        "data.root": None if request.data is None else str(request.data),
-        "data.split_csv": None if request.split_csv is None else str(request.split_csv),
-        "data.on_error": request.on_error,
-        "train.seed": request.seed,
-        "train.num_workers": request.workers,
-        "compute_precision.precision": request.precision,
-        "MODEL.WEIGHTS": None if request.init is None else str(request.init),
-    }
-    return load_config(
-        PretrainConfig, request.config, recipes="pretrain", flags=flags, overrides=request.overrides
-    )
-
-
-# --- the parts of a run ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Run:
-    """Everything built, nothing trained yet."""
-
-    config: PretrainConfig
-    device: torch.device
-    store: Store
-    dataset: SliceDataset | ImageDataset
-    objective: SelfDistillation
-    trainer: Trainer
-    sequences: tuple[str, ...] | None
-    attention: str
-    epoch_steps: int
-    workers: int
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def total_steps(self) -> int:
-        return self.trainer.total_steps
-
-
-def _build_run(
-    request: PretrainRequest, config: PretrainConfig, device: torch.device, store: Store, weights: Path | None
-) -> _Run:
-    seed_everything(config.train.seed)
-    dataset = build_dataset(store, config.data, config.train.seed)
-    sequences = config.data.mri_sequences if isinstance(dataset, SliceDataset) else None
-    attention = select_attention(request.attention, device, config.compute_precision.precision)
-    objective, report = build_objective(config, sequences, device, weights)
-    epoch_steps = config.epoch_length(len(dataset))
-    schedules = build_schedules(config, epoch_steps)
-    workers = min(config.train.num_workers, worker_count())
-    views = build_views(config, 1 if sequences is None else len(sequences))
-    seed = config.train.seed
-
-    def batches(step: int) -> Iterator[SliceBatch]:
-        return build_loader(
-            dataset,
-            batch_size=config.train.batch_size_per_gpu,
-            accumulation=config.train.grad_accumulation,
-            workers=workers,
-            seed=seed,
-            start_step=step,
-            timeout_s=config.train.loader_timeout_s,
-            pin_memory=device.type == "cuda",
-            prefetch=config.train.prefetch_factor,
-        )
-
-    def make_views(slices: SliceBatch, step: int, micro: int) -> Batch:
-        return views(slices, seed_for(seed, "views", step, micro, 0))
-
-    trainer = Trainer(
-        objective=objective,
-        optimizer=build_optimizer(config, objective, device),
-        schedules=schedules,
-        batches=batches,
-        views=make_views,
-        total_steps=schedules.total_steps,
-        device=device,
-        precision=Precision(config.compute_precision.precision, device),
-        accumulation=config.train.grad_accumulation,
-        clip_grad=config.optim.clip_grad,
-        seed=seed,
-        checkpoint_every=config.train.checkpoint_period_iterations or config.train.saveckp_freq * epoch_steps,
-        loader_timeout_s=config.train.loader_timeout_s,
-    )
-    notes = [] if report is None else report.lines()
-    notes += schedules.warnings()
-    return _Run(
-        config, device, store, dataset, objective, trainer, sequences, attention, epoch_steps, workers, notes
-    )
-
-
-def _introduction(run: _Run) -> list[str]:
-    """What will happen, in numbers, before the first step."""
-    config = run.config
-    images = 1 if run.sequences is None else len(run.sequences)
-    tokens = [
-        1 + config.student.num_register_tokens + images * (size // config.student.patch_size) ** 2
-        for size in (config.crops.global_crops_size, config.crops.local_crops_size)
-    ]
-    expected = expected_first_loss(
-        config.dino, config.ibot, config.crops.local_crops_number, config.train.batch_size_per_gpu
-    )
-    terms = ", ".join(f"{name.removesuffix('_loss')} {value:.1f}" for name, value in expected.items())
-    return [
-        *run.notes,
-        f"{len(run.store)} cases, {describe_device(run.device)}, {config.compute_precision.precision}, attention {run.attention}, "
-        f"{run.workers} loader workers",
-        f"{run.total_steps} steps of {config.samples_per_step()} samples, {run.epoch_steps} an epoch; "
-        f"effective learning rate {run.trainer.schedules.at(min(run.total_steps, _peak_step(run)))['lr']:.3g}",
-        f"{tokens[0]} tokens a global crop, {tokens[1]} a local crop; expected first loss about {sum(expected.values()):.1f} ({terms})",
-    ]
-
-
-def _peak_step(run: _Run) -> int:
-    return min(run.config.optim.warmup_epochs * run.epoch_steps, run.total_steps - 1)
+def _out(request: PretrainRequest, config: PretrainConfig) -> Path:
+    named = config.train.output_dir
+    return Path(named) if named not in ("", ".") else Path("runs") / request.recipe
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -269,60 +203,72 @@ def _train(
     config: PretrainConfig,
     device: torch.device,
     data: TrainingData,
-    out: Path,
+    folder: RunFolder,
     progress: Progress | None,
     started: float,
 ) -> PretrainResult:
-    checkpoints = Checkpoints(out / "checkpoints", config=config.model_dump(mode="json"), keep=config.train.keep_checkpoints)
+    """Prepare, build, take up the checkpoint if there is one, train, export."""
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints", config=_comparable(config), keep=config.train.keep_checkpoints
+    )
     checkpoint = checkpoints.latest() if request.resume else None
-    if not request.resume:
-        _clear(out)
     if checkpoint is not None:
         _refuse_drift(checkpoint, config, data, request)
     store = _prepare(config, data, request, progress)
-    write_failures(out / "failures.csv", [*data.unreadable, *store.failures])
-    weights = Path(config.MODEL.WEIGHTS or config.student.pretrained_weights or "") if checkpoint is None else None
-    run = _build_run(request, config, device, store, weights if weights and weights.name else None)
+    weights = config.initial_weights if checkpoint is None else None
+    run = build_run(config, device, store, weights=weights, attention=request.attention, workers=request.workers)
     checkpoints.sequence_names = run.sequences or ()
     checkpoints.extra = {"data_digest": store.digest, "split_digest": data.split_digest}
     run.trainer.checkpoints = checkpoints
-    run.trainer.telemetry = Telemetry(
-        out,
-        run.total_steps,
-        device,
-        log_every=config.train.log_period_iterations,
-        console=log,
-        tensorboard=config.train.tensorboard,
-    )
-    run.trainer.on_checkpoint = lambda step: draw_progress(
-        read_metrics(out / "training_metrics.jsonl"), out / "progress.png", f"{request.recipe}, step {step}"
-    )
     if checkpoint is not None:
         _refuse_other_data(checkpoint, store, request)
         run.trainer.restore(checkpoint)
-        log.info("Resuming after step %d from %s", checkpoint.step, checkpoint.path)
-    write_text(out / "config.yaml", dump_config(config))
-    for line in _introduction(run):
-        log.info("%s", line)
-    record = _record(request, run, data, started)
-    fit = _fit(run, out, record)
-    export = _export(run, request.recipe, out, record)
-    write_json(out / "run.json", {**record, "status": "finished", "step": fit.steps, **_timing(fit, started)})
-    return _finished(run, fit, out, export, data, store, started)
+        if _is_finished(run, folder):
+            return _finished_before(run, folder, data, started)
+    folder.begin(clear=() if request.resume else LEFT_BY_A_RUN)
+    folder.facts = _facts(request, run, data, started)
+    fit = _fit(request, run, folder, data, checkpoint)
+    export = _export(run, request.recipe, folder)
+    folder.say("finished", step=fit.steps, **_timing(fit, started))
+    return _finished(run, fit, folder, export, data, started)
 
 
-def _fit(run: _Run, out: Path, record: dict[str, Any]) -> FitResult:
-    """Train with ``run.json`` telling at any time how it stands."""
-    write_json(out / "run.json", {**record, "status": "running"})
-    try:
-        return run.trainer.fit()
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        reason = error.what if isinstance(error, MedsslError) else type(error).__name__
-        write_json(
-            out / "run.json", {**record, "status": status, "reason": reason, "step": run.trainer.steps_done}
+def _fit(
+    request: PretrainRequest,
+    run: PretrainRun,
+    folder: RunFolder,
+    data: TrainingData,
+    checkpoint: Checkpoint | None,
+) -> FitResult:
+    """Train, with ``run.json`` telling at any time how it stands."""
+    out = folder.path
+
+    def state() -> dict[str, Any]:
+        return {"step": run.trainer.steps_done}
+
+    def after_checkpoint(step: int) -> None:
+        folder.say("running", **state())
+        rows = read_metrics(out / "training_metrics.jsonl")
+        draw_progress(rows, out / "progress.png", f"{request.recipe}, step {step}")
+
+    with folder.telling_the_end(state):
+        write_text(out / "config.yaml", dump_config(run.config))
+        write_failures(out / "failures.csv", _failures(data, run.store))
+        if checkpoint is not None:
+            log.info("Resuming after step %d from %s", checkpoint.step, checkpoint.path)
+        for line in run.introduction():
+            log.info("%s", line)
+        folder.say("running", **state())
+        run.trainer.telemetry = Telemetry(
+            out,
+            run.total_steps,
+            run.device,
+            log_every=run.config.train.log_period_iterations,
+            console=log,
+            tensorboard=run.config.train.tensorboard,
         )
-        raise
+        run.trainer.on_checkpoint = after_checkpoint
+        return run.trainer.fit()
 
 
 def _prepare(config: PretrainConfig, data: TrainingData, request: PretrainRequest, progress: Progress | None) -> Store:
@@ -338,46 +284,12 @@ def _prepare(config: PretrainConfig, data: TrainingData, request: PretrainReques
     return store
 
 
-def _refuse_drift(checkpoint: Checkpoint, config: PretrainConfig, data: TrainingData, request: PretrainRequest) -> None:
-    allowed = set(request.allowed_changes)
-    changes = compare_configs(
-        checkpoint.config,
-        config.model_dump(mode="json"),
-        safe=SAFE_KEYS,
-        growing={"optim.epochs"},
-        allowed=allowed,
-    )
-    for change in changes:
-        log.info("Changed since the checkpoint: %s", change)
-    if checkpoint.extra.get("split_digest") != data.split_digest and not allowed & {"data", "data.split_csv"}:
-        raise ConfigError(
-            "The cases differ from those of the run to be resumed.",
-            where=f"data.split_csv: digest {str(checkpoint.extra.get('split_digest'))[:12]} -> {data.split_digest[:12]}",
-            fix="restore the list of cases, choose another --out, or pass --allow-config-change data.split_csv",
-            code="config_changed",
-        )
+def _failures(data: TrainingData, store: Store) -> list[tuple[str, str, str, str]]:
+    return [*data.unreadable, *store.failures]
 
 
-def _refuse_other_data(checkpoint: Checkpoint, store: Store, request: PretrainRequest) -> None:
-    if checkpoint.extra.get("data_digest") != store.digest and "data" not in request.allowed_changes:
-        raise ConfigError(
-            "The images differ from those of the run to be resumed.",
-            where=f"data: digest {str(checkpoint.extra.get('data_digest'))[:12]} -> {store.digest[:12]} "
-            "(contents, times or places of files changed)",
-            fix="restore the files, choose another --out, or pass --allow-config-change data",
-            code="config_changed",
-        )
-
-
-def _clear(out: Path) -> None:
-    """Remove what an earlier run left, for --no-resume."""
-    for name in ("checkpoints", "tb", "export", "eval"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("training_metrics.jsonl", "training_metrics.json", "progress.png", "run.json", "log.txt"):
-        (out / name).unlink(missing_ok=True)
-
-
-def _record(request: PretrainRequest, run: _Run, data: TrainingData, started: float) -> dict[str, Any]:
+def _facts(request: PretrainRequest, run: PretrainRun, data: TrainingData, started: float) -> dict[str, Any]:
+    """What ``run.json`` says from the first step on."""
     header = result_header("pretrain", started)
     header.pop("elapsed_s")
     return {
@@ -388,6 +300,7 @@ def _record(request: PretrainRequest, run: _Run, data: TrainingData, started: fl
         "attention": run.attention,
         "precision": run.config.compute_precision.precision,
         "n_cases": len(run.store),
+        "n_failed": len(_failures(data, run.store)),
         "sequences": list(run.sequences or ()),
         "data_digest": run.store.digest,
         "split_digest": data.split_digest,
@@ -404,30 +317,79 @@ def _timing(fit: FitResult, started: float) -> dict[str, Any]:
     }
 
 
-def _export(run: _Run, recipe: str, out: Path, record: dict[str, Any]) -> Path:
-    path = out / EXPORT
-    digests = {key: record[key] for key in ("data_digest", "split_digest")}
-    save_backbone(
-        path, run.objective.teacher["backbone"], card_facts(run.config, recipe, run.trainer.steps_done, digests)
-    )
+def _export(run: PretrainRun, recipe: str, folder: RunFolder) -> Path:
+    path = folder.path / EXPORT
+    digests = {key: folder.facts[key] for key in ("data_digest", "split_digest")}
+    teacher = cast(VisionTransformer, run.objective.teacher["backbone"])
+    save_backbone(path, teacher, card_facts(run.config, recipe, run.trainer.steps_done, digests))
     return path
 
 
-def _finished(
-    run: _Run, fit: FitResult, out: Path, export: Path, data: TrainingData, store: Store, started: float
-) -> PretrainResult:
-    failed = len(data.unreadable) + len(store.failures)
-    if failed:
-        raise PartialFailure(
-            f"Training finished; {failed} of {failed + len(store)} cases were left out.",
-            where=str(out / "failures.csv"),
-            fix="mend these cases, or take them off the list; the exported backbone was trained without them",
-            code="cases_failed",
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def _comparable(config: PretrainConfig) -> dict[str, Any]:
+    """The configuration as a checkpoint keeps it: it is plain data that may leave this machine."""
+    return without_home(config.model_dump(mode="json"))
+
+
+def _refuse_drift(checkpoint: Checkpoint, config: PretrainConfig, data: TrainingData, request: PretrainRequest) -> None:
+    """Refuse a configuration that differs; the list of cases counts by its ids, not by the name of its file."""
+
+    def with_digest(values: dict[str, Any], digest: object) -> dict[str, Any]:
+        return {**values, "data": {**values["data"], "split_csv": f"ids {str(digest)[:12]}"}}
+
+    changes = compare_configs(
+        with_digest(checkpoint.config, checkpoint.extra.get("split_digest")),
+        with_digest(_comparable(config), data.split_digest),
+        safe=SAFE_KEYS,
+        growing={"optim.epochs"},
+        allowed=set(request.allowed_changes),
+    )
+    for change in changes:
+        log.info("Changed since the checkpoint: %s", change)
+
+
+def _refuse_other_data(checkpoint: Checkpoint, store: Store, request: PretrainRequest) -> None:
+    if checkpoint.extra.get("data_digest") != store.digest and not {"data", "data.split_csv"} & {
+        *request.allowed_changes
+    }:
+        raise ConfigError(
+            "The images differ from those of the run to be resumed.",
+            where=f"data: digest {str(checkpoint.extra.get('data_digest'))[:12]} -> {store.digest[:12]} "
+            "(contents, times or places of files changed)",
+            fix="restore the files, choose another --out, or pass --allow-config-change data",
+            code="config_changed",
         )
-    loss = sum(fit.last_losses.values())
+
+
+def _is_finished(run: PretrainRun, folder: RunFolder) -> bool:
+    done = run.trainer.steps_done >= run.total_steps
+    return done and run_status(folder.path) == "finished" and (folder.path / EXPORT).is_file()
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _finished_before(run: PretrainRun, folder: RunFolder, data: TrainingData, started: float) -> PretrainResult:
+    out, steps = folder.path, run.trainer.steps_done
     lines = [
-        f"{fit.steps} steps in {timedelta(seconds=round(time.time() - started))}"
-        + (f", {fit.images_per_s:.1f} images/s, last loss {loss:.3f}" if fit.last_losses else ", nothing was left to do"),
+        f"nothing left to do: all {steps} steps of this run were done before",
+        f"backbone: {out / EXPORT}",
+        "longer:   the same command with a larger optim.epochs goes on; --no-resume starts afresh",
+    ]
+    facts = {**result_header("pretrain", started), "run": out, "steps": steps, "steps_now": 0, "export": out / EXPORT}
+    return PretrainResult(lines, plain(facts), _left_out(run, folder, data))
+
+
+def _finished(
+    run: PretrainRun, fit: FitResult, folder: RunFolder, export: Path, data: TrainingData, started: float
+) -> PretrainResult:
+    out = folder.path
+    loss = f", last loss {sum(fit.last_losses.values()):.3f}" if fit.last_losses else ""
+    speed = f", {fit.images_per_s:.1f} images/s" if fit.images_per_s else ""
+    lines = [
+        f"{fit.steps} steps in {timedelta(seconds=round(time.time() - started))}{speed}{loss}",
         f"backbone: {export}",
         f"curves:   {out / 'progress.png'}",
         f"next:     medssl infer CASE --model {out} --heatmap",
@@ -441,7 +403,19 @@ def _finished(
         "last_losses": fit.last_losses,
         "export": export,
     }
-    return PretrainResult(lines, plain(facts))
+    return PretrainResult(lines, plain(facts), _left_out(run, folder, data))
+
+
+def _left_out(run: PretrainRun, folder: RunFolder, data: TrainingData) -> PartialFailure | None:
+    failed = len(_failures(data, run.store))
+    if not failed:
+        return None
+    return PartialFailure(
+        f"Training finished; {failed} of {failed + len(run.store)} cases were left out.",
+        where=str(folder.path / "failures.csv"),
+        fix="mend these cases, or take them off the list; the exported backbone was trained without them",
+        code="cases_failed",
+    )
 
 
 # --- without a run folder --------------------------------------------------------------------------------------------
@@ -454,42 +428,48 @@ def _scratch_run(
     device: torch.device,
     data: TrainingData,
     progress: Progress | None,
-) -> Iterator[_Run]:
+) -> Iterator[PretrainRun]:
     """A run on the first few cases with a store that vanishes."""
     few = max(SMOKE_CASES, min(config.train.batch_size_per_gpu, 16)) if request.dry_run else SMOKE_CASES
-    with tempfile.TemporaryDirectory(prefix="medssl-") as folder:
-        store = prepare_store(data.cases[:few], config.data, Path(folder), kind=data.kind, progress=progress)
+    with tempfile.TemporaryDirectory(prefix="medssl-") as place:
+        store = prepare_store(data.cases[:few], config.data, Path(place), kind=data.kind, progress=progress)
         if request.smoke:
-            batch = min(config.train.batch_size_per_gpu, len(store))
+            batch = min(config.train.batch_size_per_gpu, SMOKE_BATCH)
             config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size_per_gpu": batch})})
-        weights = Path(config.MODEL.WEIGHTS) if config.MODEL.WEIGHTS else None
-        run = _build_run(request, config, device, store, weights)
-        for line in _introduction(run):
+        run = build_run(
+            config,
+            device,
+            store,
+            weights=config.initial_weights,
+            attention=request.attention,
+            workers=request.workers,
+        )
+        for line in run.introduction():
             log.info("%s", line)
         yield run
 
 
-def _smoke(run: _Run, say: Say, started: float) -> PretrainResult:
+def _smoke(run: PretrainRun, say: Say, started: float) -> PretrainResult:
     losses = []
-    source = run.trainer.batches(0)
-    for index in range(SMOKE_STEPS):
-        losses.append(run.trainer.step(source).total_loss)
-        say(f"[step {index}] loss={losses[-1]:.4f}")
+    with contextlib.closing(run.batches(0)) as source:
+        for index in range(SMOKE_STEPS):
+            losses.append(run.trainer.step(source).total_loss)
+            say(f"[step {index}] loss={losses[-1]:.4f}")
     facts = {**result_header("pretrain", started), "smoke": True, "losses": losses}
     return PretrainResult([f"smoke test passed: {SMOKE_STEPS} steps on {len(run.store)} cases, nothing written"], facts)
 
 
-def _dry_run(run: _Run, data: TrainingData, started: float) -> PretrainResult:
+def _dry_run(run: PretrainRun, data: TrainingData, started: float) -> PretrainResult:
+    """One step (three on a GPU, where the first one only warms up), and what the whole run would take."""
     fit = run.trainer.measure(3 if run.device.type == "cuda" else 1)
     steps = run.config.optim.epochs * run.config.epoch_length(len(data.cases))
-    seconds = steps * run.config.samples_per_step() / fit.images_per_s
-    per_case = run.store.size_bytes / max(len(run.store), 1)
-    cache = int(math.ceil(per_case * len(data.cases)))
+    hours = steps * run.config.samples_per_step() / fit.images_per_s / 3600
+    cache = math.ceil(run.store.size_bytes / len(run.store) * len(data.cases))
     facts = {
         **result_header("pretrain", started),
         "dry_run": True,
         "images_per_s": fit.images_per_s,
-        "hours": seconds / 3600,
+        "hours": hours,
         "steps": steps,
         "peak_memory_gib": fit.peak_memory_gib,
         "cache_bytes": cache,
@@ -497,22 +477,8 @@ def _dry_run(run: _Run, data: TrainingData, started: float) -> PretrainResult:
         "first_loss": fit.last_losses,
     }
     lines = [
-        f"{fit.images_per_s:.2f} images/s: {steps} steps take about {seconds / 3600:.2f} h",
+        f"{fit.images_per_s:.2f} images/s: {steps} steps take about {hours:.2f} h",
         f"peak memory {fit.peak_memory_gib:.2f} GiB, cache about {cache / 1e6:.1f} MB for {len(data.cases)} cases",
         f"first loss {sum(fit.last_losses.values()):.3f}; nothing was written",
     ]
     return PretrainResult(lines, facts)
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Everything logged goes to ``log.txt`` too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()

@@ -80,7 +80,7 @@ class TrainConfig(Config):
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"
     """How teacher logits become targets."""
     img_size: PositiveInt = 518
-    """Side of the image whose grid the position table has; 518 for public DINOv2 weights."""
+    """Side of the image whose grid of whole patches the position table has; 518 for public DINOv2 weights."""
     percentage_labels: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share of cases whose region of interest is used; the same as data.percentage_labels, and wins over it."""
     log_period_iterations: PositiveInt = 10
@@ -129,9 +129,9 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _check_together(self) -> PretrainConfig:
         faults = list(check_patch(self.crops, self.student.patch_size))
-        if self.train.img_size % self.student.patch_size:
+        if self.train.img_size < self.student.patch_size:
             faults.append(
-                f"train.img_size {self.train.img_size} is no multiple of student.patch_size {self.student.patch_size}"
+                f"train.img_size {self.train.img_size} is smaller than student.patch_size {self.student.patch_size}"
             )
         if self.dino.loss_weight == 0 and self.ibot.loss_weight == 0:
             faults.append("dino.loss_weight and ibot.loss_weight are both 0: there is nothing to learn")
@@ -146,9 +146,19 @@ class PretrainConfig(Config):
             found.append(
                 "No effect: teacher.init_with_student_weights: the teacher always starts as a copy of the student."
             )
+        if self.position_side != self.train.img_size:
+            found.append(
+                f"train.img_size {self.train.img_size} is no multiple of student.patch_size {self.student.patch_size}: "
+                f"the position table has the grid of {self.position_side}."
+            )
         if self.optim.warmup_epochs > self.optim.epochs:
             found.append(f"optim.warmup_epochs {self.optim.warmup_epochs} is cut to optim.epochs {self.optim.epochs}")
         return [text for text in found if text]
+
+    @property
+    def position_side(self) -> int:
+        """`train.img_size` down to a multiple of the patch size, as DINOv2 counts whole patches (518 / 16 is 32)."""
+        return self.train.img_size // self.student.patch_size * self.student.patch_size
 
     @property
     def initial_weights(self) -> Path | None:

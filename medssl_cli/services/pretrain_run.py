@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.core.run import seed_everything, seed_for, worker_count
-from medssl_cli.data.datasets import ImageDataset, SliceDataset, build_loader
+from medssl_cli.data.datasets import ImageDataset, Loader, SliceDataset, build_loader
 from medssl_cli.data.store import Store
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.schedules import Schedules
@@ -33,6 +33,7 @@ class PretrainRun:
     """Everything built, nothing trained.
 
     Args:
+        batches: Step -> endless stream of micro-batches from there on.
         sequences: Names in channel order; None for plain pictures.
         attention: Backend in use.
         epoch_steps: Optimizer steps an epoch.
@@ -47,6 +48,7 @@ class PretrainRun:
     objective: SelfDistillation
     schedules: Schedules
     trainer: Trainer
+    batches: Callable[[int], Loader]
     sequences: tuple[str, ...] | None
     attention: str
     epoch_steps: int
@@ -113,7 +115,8 @@ def build_run(
     epoch_steps = config.epoch_length(len(dataset))
     schedules = build_schedules(config, epoch_steps)
     workers = min(config.train.num_workers, worker_count()) if workers is None else workers
-    trainer = _build_trainer(config, device, dataset, objective, schedules, workers)
+    batches = _loader_of(config, device, dataset, workers)
+    trainer = _build_trainer(config, device, dataset, objective, schedules, batches)
     return PretrainRun(
         config=config,
         device=device,
@@ -122,6 +125,7 @@ def build_run(
         objective=objective,
         schedules=schedules,
         trainer=trainer,
+        batches=batches,
         sequences=sequences,
         attention=backend,
         epoch_steps=epoch_steps,
@@ -130,30 +134,38 @@ def build_run(
     )
 
 
+def _loader_of(
+    config: PretrainConfig, device: torch.device, dataset: SliceDataset | ImageDataset, workers: int
+) -> Callable[[int], Loader]:
+    train = config.train
+
+    def batches(step: int) -> Loader:
+        return build_loader(
+            dataset,
+            batch_size=train.batch_size_per_gpu,
+            accumulation=train.grad_accumulation,
+            workers=workers,
+            seed=train.seed,
+            start_step=step,
+            timeout_s=train.loader_timeout_s,
+            pin_memory=device.type == "cuda",
+            prefetch=train.prefetch_factor,
+        )
+
+    return batches
+
+
 def _build_trainer(
     config: PretrainConfig,
     device: torch.device,
     dataset: SliceDataset | ImageDataset,
     objective: SelfDistillation,
     schedules: Schedules,
-    workers: int,
+    batches: Callable[[int], Loader],
 ) -> Trainer:
     train, seed = config.train, config.train.seed
     channels = len(config.data.mri_sequences) if isinstance(dataset, SliceDataset) else 1
     multi_crop = build_views(config, channels)
-
-    def batches(step: int) -> Iterator[SliceBatch]:
-        return build_loader(
-            dataset,
-            batch_size=train.batch_size_per_gpu,
-            accumulation=train.grad_accumulation,
-            workers=workers,
-            seed=seed,
-            start_step=step,
-            timeout_s=train.loader_timeout_s,
-            pin_memory=device.type == "cuda",
-            prefetch=train.prefetch_factor,
-        )
 
     def views(slices: SliceBatch, step: int, micro: int) -> Batch:
         return multi_crop(slices, seed_for(seed, "views", step, micro, 0))

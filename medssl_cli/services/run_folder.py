@@ -1,4 +1,4 @@
-"""The folder of a training run: held by one process, with its log and a ``run.json`` that tells at any time how it stands.
+"""The folder of a training run, held by one process, with its log and a ``run.json`` that always tells how it stands.
 
 Nothing that an earlier run left is touched before ``begin``, which comes when everything is read and built: bad input
 never costs good output.
@@ -11,7 +11,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,71 +23,7 @@ from medssl_cli.core.run import claim_out_folder, hide_home, locked, write_json
 log = logging.getLogger(__name__)
 
 
-class RunFolder:
-    """A run folder in the hands of this process, used as a context.
-
-    Args:
-        path: As given to ``--out``.
-        command: Its owner, e.g. ``pretrain``.
-        overwrite: Replace a folder that holds something else, once the run begins.
-
-    Raises:
-        ConfigError: The folder holds something else, or another process works on it.
-    """
-
-    def __init__(self, path: Path, command: str, *, overwrite: bool = False) -> None:
-        self.path, self.command, self.overwrite = path, command, overwrite
-        self.facts: dict[str, Any] = {}
-        self._stack = contextlib.ExitStack()
-        self._log = _HeldLog()
-
-    def __enter__(self) -> RunFolder:
-        if not self.overwrite:
-            claim_out_folder(self.path, self.command)
-        self._stack.enter_context(locked(self.path, "run folder"))
-        self._stack.enter_context(self._log)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, MedsslError):
-            self._log.note(str(error))
-        self._stack.close()
-
-    def begin(self, *, clear: Sequence[str] = ()) -> None:
-        """Take the folder over: remove what it may replace and ``clear``, and let the log flow into ``log.txt``."""
-        if self.overwrite:
-            claim_out_folder(self.path, self.command, overwrite=True)
-        for name in clear:
-            place = self.path / name
-            shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
-        self._log.write_to(self.path / "log.txt")
-
-    def say(self, status: str, **facts: Any) -> None:
-        """Write ``run.json``: the facts of the run, its status and what else is given."""
-        write_json(self.path / "run.json", without_home({**self.facts, "status": status, **facts}))
-
-    @contextlib.contextmanager
-    def telling_the_end(self, state: Mapping[str, Any]) -> Iterator[None]:
-        """``run.json`` says ``interrupted`` or ``failed``, with the reason, if the block does not end well.
-
-        Args:
-            state: Read at that moment, e.g. the step.
-        """
-        try:
-            yield
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-            reason = error.what if isinstance(error, MedsslError) else type(error).__name__
-            try:
-                self.say(status, reason=reason, **state)
-            except ResourceError as second:  # the disk is full: the first error says so with the bytes it needs
-                log.warning("%s %s", second.what, second.where)
-            raise
-
-
-class _HeldLog:
+class HeldLog:
     """Log lines of a run, kept in memory until their file may be written."""
 
     def __init__(self) -> None:
@@ -95,7 +31,7 @@ class _HeldLog:
         self._early = MemoryHandler(1 << 30, flushLevel=1 << 30, flushOnClose=False)
         self._file: logging.FileHandler | None = None
 
-    def __enter__(self) -> _HeldLog:
+    def __enter__(self) -> HeldLog:
         logging.getLogger().addHandler(self._early)
         return self
 
@@ -120,6 +56,70 @@ class _HeldLog:
         """A line for the file alone."""
         if self._file is not None:
             self._file.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None))
+
+
+class RunFolder:
+    """A run folder in the hands of this process, used as a context.
+
+    Args:
+        path: As given to ``--out``.
+        command: Its owner, e.g. ``pretrain``.
+        lines: Log of this call so far, which flows into ``log.txt`` once the run begins.
+        overwrite: Replace a folder that holds something else, once the run begins.
+
+    Raises:
+        ConfigError: The folder holds something else, or another process works on it.
+    """
+
+    def __init__(self, path: Path, command: str, lines: HeldLog, *, overwrite: bool = False) -> None:
+        self.path, self.command, self.overwrite = path, command, overwrite
+        self.facts: dict[str, Any] = {}
+        self._lock = contextlib.ExitStack()
+        self._log = lines
+
+    def __enter__(self) -> RunFolder:
+        if not self.overwrite:
+            claim_out_folder(self.path, self.command)
+        self._lock.enter_context(locked(self.path, "run folder"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, MedsslError):
+            self._log.note(str(error))
+        self._lock.close()
+
+    def begin(self, *, clear: Sequence[str] = ()) -> None:
+        """Take the folder over: remove what it may replace and ``clear``, and let the log flow into ``log.txt``."""
+        if self.overwrite:
+            claim_out_folder(self.path, self.command, overwrite=True)
+        for name in clear:
+            place = self.path / name
+            shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+        self._log.write_to(self.path / "log.txt")
+
+    def say(self, status: str, **facts: Any) -> None:
+        """Write ``run.json``: the facts of the run, its status and what else is given."""
+        write_json(self.path / "run.json", without_home({**self.facts, "status": status, **facts}))
+
+    @contextlib.contextmanager
+    def telling_the_end(self, state: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """``run.json`` says ``interrupted`` or ``failed``, with the reason, if the block does not end well.
+
+        Args:
+            state: Asked at that moment, e.g. for the step.
+        """
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+            reason = error.what if isinstance(error, MedsslError) else type(error).__name__
+            try:
+                self.say(status, reason=reason, **state())
+            except ResourceError as second:  # the disk is full: the first error says so with the bytes it needs
+                log.warning("%s %s", second.what, second.where)
+            raise
 
 
 class _Homeless(logging.Formatter):

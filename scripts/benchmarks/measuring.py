@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,8 +42,18 @@ class Options:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the marks of a GPU can be judged."""
+        """Whether a GPU computes."""
         return self.device.type == "cuda"
+
+    @property
+    def clock(self) -> Literal["wall", "cpu"]:
+        """What ratios are taken from: beside other jobs only processor time tells anything of a CPU."""
+        return "wall" if self.on_gpu else "cpu"
+
+    @property
+    def on_h200(self) -> bool:
+        """Whether the marks for a GPU can be judged here."""
+        return self.on_gpu and "H200" in torch.cuda.get_device_name(self.device)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,10 @@ class Timing:
 
     wall: list[float]
     cpu: list[float]
+
+    def seconds(self, clock: Literal["wall", "cpu"]) -> list[float]:
+        """The repetitions by one clock."""
+        return self.wall if clock == "wall" else self.cpu
 
     def row(self, what: str, per: int = 1) -> dict[str, Any]:
         """A row of the table in ms; ``per`` units were done in one call."""

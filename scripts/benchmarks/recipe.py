@@ -13,27 +13,17 @@ from medssl_cli.core.config import load_config
 from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.trainer import Trainer
+from medssl_cli.models.layers import Block
 from medssl_cli.services.build import build_objective, build_optimizer, build_schedules, build_views
 from medssl_cli.services.pretrain_config import PretrainConfig
 
 SEQUENCES = ("ax_t2wi", "ax_adc", "ax_dwi")
-TINY = [
-    "student.embed_dim=64",
-    "student.depth=2",
-    "student.num_heads=2",
-    "train.img_size=28",
-    "data.spatial_size=28",
-    "crops.global_crops_size=28",
-    "crops.local_crops_size=14",
-    "crops.local_crops_number=2",
-    "crops.rc_size=32",
-    "dino.head_n_prototypes=64",
-    "dino.head_hidden_dim=64",
-    "dino.head_bottleneck_dim=32",
-    "ibot.head_n_prototypes=64",
-    "ibot.head_hidden_dim=64",
-    "ibot.head_bottleneck_dim=32",
-]
+TINY = (
+    *("student.embed_dim=64", "student.depth=2", "student.num_heads=2", "train.img_size=28", "data.spatial_size=28"),
+    *("crops.global_crops_size=28", "crops.local_crops_size=14", "crops.local_crops_number=2", "crops.rc_size=32"),
+    *("dino.head_n_prototypes=64", "dino.head_hidden_dim=64", "dino.head_bottleneck_dim=32"),
+    *("ibot.head_n_prototypes=64", "ibot.head_hidden_dim=64", "ibot.head_bottleneck_dim=32"),
+)
 
 
 def pretrain_config(options: Options, batch: int, *overrides: str) -> PretrainConfig:
@@ -44,7 +34,7 @@ def pretrain_config(options: Options, batch: int, *overrides: str) -> PretrainCo
         "compute_precision.precision": options.precision,
         "data.random_axes": False,  # of thick slices only one axis is cut
     }
-    tiny = TINY if options.tiny else []
+    tiny = TINY if options.tiny else ()
     return load_config(
         PretrainConfig, "prostate_vitb14", recipes="pretrain", flags=flags, overrides=[*tiny, *overrides]
     )
@@ -75,9 +65,8 @@ def build_trainer(config: PretrainConfig, options: Options, make_views: Callable
     slices = random_slices(config, options.device)
     objective, _ = build_objective(config, SEQUENCES, options.device, None)
     if options.compile:
-        for network in (objective.student, objective.teacher):
-            for block in network["backbone"].flat_blocks():
-                block.compile()
+        for block in (module for module in objective.modules() if isinstance(module, Block)):
+            block.compile()
     batch = build_views(config, len(SEQUENCES))(slices, 0)
     schedules = build_schedules(config, config.epoch_length(400))
     return Trainer(

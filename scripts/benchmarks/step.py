@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import Findings, Mark, Options, Rows, measure
+from benchmarks.measuring import Findings, Mark, Options, Parts, Rows, measure
 from benchmarks.recipe import build_trainer, crop_sizes, pretrain_config, tflop_per_sample
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.telemetry import peak_memory_gib
@@ -27,13 +28,16 @@ STEP_MARKS = {  # (arch, precision, batch) -> samples/s on one H200, GiB
 
 
 def matrix_peak(options: Options) -> float:
-    """TFLOP/s of one large matrix product in the precision of the run, the fastest of the repetitions."""
+    """TFLOP/s of one large matrix product in the precision of the run, the fastest of the repetitions.
+
+    On a CPU for each second of a core, in the same way as ``peak_share``.
+    """
     side = 256 if options.tiny else 8192 if options.on_gpu else 2048
     dtype = AUTOCAST_DTYPES.get(options.precision, torch.float32)
     Precision(options.precision, options.device)  # type: ignore[arg-type]
     a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
     timing = measure({"": lambda: a @ b}, max(options.repeat, 5), options.device, warmup=3)[""]
-    return 2 * side**3 / min(timing.wall) / 1e12
+    return 2 * side**3 / min(timing.seconds(options.clock)) / 1e12
 
 
 def step(options: Options) -> Findings:
@@ -45,35 +49,38 @@ def step(options: Options) -> Findings:
     marks: list[Mark] = []
     for batch in options.batch:
         config = pretrain_config(options, batch)
-        try:
-            found = step_rows(config, options, options.attention or working, peak)
-        except torch.OutOfMemoryError:
-            found = [{"what": "out of memory", "batch": batch}]
-            torch.cuda.empty_cache()
-        rows += found
-        speed, memory = STEP_MARKS.get((options.arch, options.precision, batch), (None, None))
-        best = max(found, key=lambda row: row.get("samples_per_s", 0.0))
-        if speed:
-            rate = best.get("samples_per_s") if options.on_gpu else None
-            marks.append(Mark(f"samples/s at batch {batch} on an H200", rate, speed, at_least=True))
-        if memory:
-            gib = best.get("peak_gib") if options.on_gpu else None
-            marks.append(Mark(f"GiB at batch {batch} on an H200", gib, memory))
+        rows += (found := step_rows(config, options, options.attention or working, peak))
+        marks += step_marks(options, batch, found)
+        gc.collect()  # else the next batch size would be measured beside the last one's networks
+    clock = f"{options.clock}_ms"
     ratios = {
-        f"{row['what']} / {rows[0]['what']}, time": row["wall_ms"] / rows[0]["wall_ms"]
+        f"{row['what']} / {rows[0]['what']}, {clock}": row[clock] / rows[0][clock]
         for row in rows[1:]
-        if row["batch"] == rows[0]["batch"] and "wall_ms" in row
+        if row["batch"] == rows[0]["batch"] and clock in row
     }
     sizes = {"arch": options.arch, **crop_sizes(config), "prototypes": config.dino.head_n_prototypes}
     sizes |= {"size": config.student.size, "tflop_a_sample": tflop_per_sample(config), "matrix_peak_tflops": peak}
     return Findings({**sizes, "compiled_blocks": options.compile}, rows, ratios, marks)
 
 
+def step_marks(options: Options, batch: int, rows: Rows) -> list[Mark]:
+    """The marks of this architecture, precision and batch, for the fastest kernel."""
+    speed, memory = STEP_MARKS.get((options.arch, options.precision, batch), (None, None))
+    best = max(rows, key=lambda row: row.get("samples_per_s", 0.0)) if options.on_h200 else {}
+    marks = []
+    if speed:
+        marks.append(Mark(f"samples/s at batch {batch}, H200", best.get("samples_per_s"), speed, at_least=True))
+    if memory:
+        marks.append(Mark(f"GiB at batch {batch}, H200", best.get("peak_gib"), memory))
+    return marks
+
+
 def step_rows(config: PretrainConfig, options: Options, kernels: Sequence[str], peak: float) -> Rows:
     """One row a kernel, and the step restated plainly: kernel ``plain``, one forward a crop size."""
     trainer, batch = build_trainer(config, options), config.train.batch_size_per_gpu
     source, backbone = trainer.batches(0), trainer.objective.trained_modules()["backbone"]
-    packed, peaks = backbone.forward_list, dict[str, float]()
+    packed: Callable[..., Any] = backbone.forward_list  # type: ignore[assignment]
+    peaks: dict[str, float | None] = {}
 
     def one_by_one(images: Iterable[Any], masks: Iterable[Any], available: Iterable[Any]) -> list[Any]:
         return [backbone(*parts) for parts in zip(images, masks, available, strict=True)]
@@ -84,19 +91,36 @@ def step_rows(config: PretrainConfig, options: Options, kernels: Sequence[str], 
         if options.on_gpu:
             torch.cuda.reset_peak_memory_stats(options.device)
         trainer.step(source)
-        peaks[name] = peak_memory_gib(options.device)
+        peaks[name] = peak_memory_gib(options.device) if options.on_gpu else None  # of a CPU only the process is known
 
-    names = {f"{kernel}, packed": (kernel, packed) for kernel in kernels}
-    names["plain, one forward a size"] = ("plain", one_by_one)
+    ways = {f"{kernel}, packed": (kernel, packed) for kernel in kernels}
+    ways["plain, one forward a size"] = ("plain", one_by_one)
+    if options.compile:  # a compiled block keeps the kernel it was compiled with
+        ways = {f"{kernels[0]}, packed, compiled": (kernels[0], packed)}
+    steps: Parts = {name: partial(update, name, *how) for name, how in ways.items()}
     try:
-        timings = measure({n: partial(update, n, *how) for n, how in names.items()}, options.repeat, options.device)
+        fitting = {name: run for name, run in steps.items() if fits(run)}
+        timings = measure(fitting, options.repeat, options.device, warmup=1 if options.on_gpu else 0)
     finally:
         set_backend(None, options.device)
-    rows = []
-    for name, timing in timings.items():
-        rate = batch / statistics.median(timing.wall)
-        share = rate * tflop_per_sample(config) / peak
-        rows.append(
-            {**timing.row(name), "batch": batch, "samples_per_s": rate, "peak_share": share, "peak_gib": peaks[name]}
-        )
+        del backbone.forward_list
+    rows: Rows = []
+    for name in steps:
+        if name not in timings:
+            rows.append({"what": f"{name}: out of memory", "batch": batch})
+            continue
+        rate = batch / statistics.median(timings[name].wall)
+        share = batch * tflop_per_sample(config) / statistics.median(timings[name].seconds(options.clock)) / peak
+        facts = {"samples_per_s": rate, "peak_share": share, "peak_gib": peaks[name]}
+        rows.append({**timings[name].row(name), "batch": batch, **facts})
     return rows
+
+
+def fits(run: Callable[[], Any]) -> bool:
+    """Whether one call goes through with the memory of the GPU."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks.measuring import Findings, Mark, Options, Parts, Rows, measure, one_thread
 from benchmarks.recipe import SEQUENCES, crop_sizes, pretrain_config, random_slices
+from medssl_cli.core.protocols import SliceBatch
+from medssl_cli.data.views import MultiCrop
 from medssl_cli.services.build import build_views
 from medssl_cli.services.devices import describe_device
+
+
+def make_next(make: MultiCrop, slices: SliceBatch, seeds: Iterator[int]) -> None:
+    """The views of the next seed."""
+    make(slices, next(seeds))
 
 
 def views(options: Options) -> Findings:
@@ -27,8 +36,7 @@ def views(options: Options) -> Findings:
         parts: Parts = {}
         for name, overrides in changes.items():
             config = pretrain_config(options, batch, *(f"crops.{text}" for text in overrides))
-            make, seeds = build_views(config, len(SEQUENCES)), itertools.count()
-            parts[name] = lambda make=make, slices=slices, seeds=seeds: make(slices, next(seeds))
+            parts[name] = partial(make_next, build_views(config, len(SEQUENCES)), slices, itertools.count())
         with one_thread() if device.type == "cpu" else contextlib.nullcontext():
             timings = measure(parts, options.repeat, device)
         place = "one core" if device.type == "cpu" else describe_device(device)

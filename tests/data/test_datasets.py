@@ -182,23 +182,42 @@ def test_axes_are_drawn_alike(tmp_path: Path, cases: list[Case]) -> None:
 # --- T18: shape ------------------------------------------------------------------------------------------------------
 
 
-def test_t18_thick_slices_refuse_random_axes_and_say_how_to_resample(tmp_path: Path) -> None:
+def test_t18_random_axes_leave_out_distorted_planes_case_by_case(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     thick = write_case(tmp_path, "thick", shape=(8, 40, 36), spacing=(3.0, 0.5, 0.5))
-    with pytest.raises(ConfigError, match="Coronal slices") as caught:
-        dataset_of([thick], tmp_path / "cache", random_axes=True)
-    assert "z 3, y 0.5, x 0.5 mm" in caught.value.where
-    assert "data.preprocess.resample_mm=[0.5,0.5,0.5]" in caught.value.fix
+    cubes = write_case(tmp_path, "cubes", shape=(8, 40, 36), spacing=(1.5, 0.8, 0.8))
+    dataset = dataset_of([thick, cubes], tmp_path / "cache", random_axes=True)
+    drawn = {case: [dataset[(position, case)].axis for position in range(300)] for case in (0, 1)}
+    assert set(drawn[0]) == {AXIAL}
+    assert chisquare(np.bincount(drawn[1], minlength=3)).pvalue > 1e-3
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == (
+        "Random axes: coronal and sagittal slices are left out in 1 of 2 cases, e.g. thick: spacing z 3, y 0.5, x 0.5 "
+        "mm, where they would be badly distorted; data.preprocess.resample_mm=[0.5,0.5,0.5] brings them in."
+    )
+    again = dataset_of([thick, cubes], tmp_path / "cache", random_axes=True)
+    assert [again[(position, 1)].axis for position in range(299, -1, -1)] == drawn[1][::-1]
+
+
+def test_t18_without_random_axes_thick_slices_are_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    thick = write_case(tmp_path, "thick", shape=(8, 40, 36), spacing=(3.0, 0.5, 0.5))
     assert dataset_of([thick], tmp_path / "cache").axes == (AXIAL,)
     assert dataset_of([thick], tmp_path / "cache", random_axes=True, split="VAL").axes == (AXIAL,)
     resampled = {"resample_mm": (0.5, 0.5, 0.5)}
     cured = dataset_of([thick], tmp_path / "cache", random_axes=True, preprocess=resampled)
     assert cured.store.facts(0).shape == (48, 40, 36)
+    assert {cured[(position, 0)].axis for position in range(40)} == {0, 1, 2}
+    assert not [record for record in caplog.records if "Random axes" in record.getMessage()]
 
 
 def test_t18_a_sagittal_stack_is_refused_even_axially(tmp_path: Path) -> None:
     sagittal = write_case(tmp_path, "sagittal", shape=(30, 30, 8), spacing=(0.5, 0.5, 4.0))
-    with pytest.raises(ConfigError, match="Axial slices"):
-        dataset_of([sagittal], tmp_path / "cache")
+    for random_axes in (False, True):
+        with pytest.raises(ConfigError, match="Axial slices") as caught:
+            dataset_of([sagittal], tmp_path / "cache", random_axes=random_axes)
+        assert caught.value.where == "1 of 1 cases, e.g. sagittal: spacing z 0.5, y 0.5, x 4 mm"
+        assert caught.value.fix == "set data.preprocess.resample_mm=[0.5,0.5,0.5]"
 
 
 def ball_case(folder: Path, spacing: tuple[float, float, float]) -> Case:

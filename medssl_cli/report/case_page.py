@@ -1,0 +1,317 @@
+"""The page of one case: a viewer with the heat map as a layer, the slices where it is hottest, patch similarity.
+
+Planes of a volume are turned to the way they are read: the patient's right on the left, anterior up.
+
+Letters: Z slices, S sequences, H W pixels of a slice, h w patches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from medssl_cli.core.run import RESEARCH_NOTE
+from medssl_cli.report.overlay import blend, jpeg_bytes, montage, png_bytes, resized, window
+from medssl_cli.report.page import Page
+from medssl_cli.report.viewer import Layer, Stack, Thumbnail, ViewerSlice, add_viewer
+
+VIEWER_SLICES = 64
+"""Slices in the viewer at most, evenly spaced, the hottest always among them: keeps the page below some ten MB."""
+VIEWER_SIDE = 512
+TILE_SIDE = 320
+THUMBNAIL_SIDE = 168
+SIMILARITY_SIDE = 384
+_LAYER_SIDE = 112
+_HEAT_QUANTILES = (0.5, 0.999)
+_BAR = 256
+_FLAT_SPAN = 0.05
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map, one value a patch.
+
+    Args:
+        grid_Zhw: All slices.
+        unit: What its numbers are, e.g. ``× average``.
+        definition: What it shows, in a sentence.
+        top: The hottest slices, best first: dictionaries with ``rank``, ``slice_index``, ``score``.
+    """
+
+    grid_Zhw: np.ndarray
+    unit: str
+    definition: str
+    top: tuple[dict[str, Any], ...]
+
+    @functools.cached_property
+    def limits(self) -> tuple[float, float]:
+        """Values that are shown as nothing and as the hottest colour, over the whole case."""
+        low, high = np.quantile(self.grid_Zhw, _HEAT_QUANTILES)
+        return float(low), float(high)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the colours span so little that they should not be made much of."""
+        low, high = self.limits
+        return high - low < _FLAT_SPAN
+
+    def unit_hw(self, z: int) -> np.ndarray:
+        """Heat of a slice, from 0 to 1."""
+        low, high = self.limits
+        return np.clip((self.grid_Zhw[z] - low) / max(high - low, 1e-12), 0, 1)
+
+
+@dataclass(frozen=True)
+class CasePictures:
+    """The slices of a case as pictures.
+
+    Args:
+        names: Sequences that exist, in channel order.
+        plane: Index of a slice to (S, H, W) in [0, 1].
+        count: Slices.
+        spacing: Pixel size (y, x) in mm.
+        orientation: Where the voxel axes point to, e.g. ``RAS``; None for a photograph, which is shown as it is.
+        colour: The channels of a plane are colours of one picture, not sequences.
+        heat: The heat map, if there is one.
+    """
+
+    names: tuple[str, ...]
+    plane: Callable[[int], np.ndarray]
+    count: int
+    spacing: tuple[float, float]
+    orientation: str | None
+    colour: bool
+    heat: Heat | None = None
+
+    def turned(self, map_HW: np.ndarray) -> np.ndarray:
+        """A plane as it is read: the patient's right on the left, anterior up."""
+        if self.orientation is None:
+            return map_HW
+        rows = slice(None, None, -1 if self.orientation[1] == "A" else 1)
+        columns = slice(None, None, -1 if self.orientation[0] == "R" else 1)
+        return map_HW[rows, columns]
+
+    def pictures(self, z: int) -> list[np.ndarray]:
+        """One picture (H, W, 3) for each sequence, turned; a photograph is one picture."""
+        plane = self.plane(z)
+        if self.colour and len(plane) == 3:
+            return [np.rint(255 * plane.transpose(1, 2, 0)).astype(np.uint8)]
+        return [window(self.turned(channel), 0.0, 1.0) for channel in plane]
+
+    def picture_size(self, side: int) -> tuple[int, int]:
+        """(height, width) in square pixels with the longer one ``side``."""
+        height, width = self.plane(0).shape[-2:]
+        height_mm, width_mm = height * self.spacing[0], width * self.spacing[1]
+        scale = side / max(height_mm, width_mm)
+        return max(1, round(height_mm * scale)), max(1, round(width_mm * scale))
+
+    def label(self, z: int) -> str:
+        """What a slice is called: counted from 1."""
+        return f"slice {z + 1} of {self.count}" if self.orientation is not None or self.count > 1 else "picture"
+
+
+# --- pictures that are files -----------------------------------------------------------------------------------------
+
+
+def heat_picture(pictures: CasePictures) -> np.ndarray:
+    """The hottest slices, above as they are, below with the heat laid over, and what the colours mean."""
+    heat = _heat_of(pictures)
+    height, width = pictures.picture_size(TILE_SIDE)
+    plain, warm = [], []
+    for entry in heat.top:
+        z = entry["slice_index"]
+        picture = resized(pictures.pictures(z)[0], height, width)
+        plain.append(_captioned(picture, f"{pictures.label(z)}"))
+        warm.append(_captioned(_laid_over(picture, pictures, z), f"{entry['score']:.4g} {heat.unit}"))
+    tiles = montage([*plain, *warm], columns=len(plain))
+    return np.vstack([tiles, _legend(tiles.shape[1], heat)])
+
+
+def similarity_picture(similarity_hw: np.ndarray, pictures: CasePictures) -> np.ndarray:
+    """The similarity map in viridis, its smallest value dark, 1 bright; one square a patch."""
+    height, width = pictures.picture_size(SIMILARITY_SIDE)
+    return resized(_viridis(pictures.turned(similarity_hw)), height, width, smooth=False)
+
+
+def _heat_of(pictures: CasePictures) -> Heat:
+    if pictures.heat is None:
+        raise ValueError("there is no heat map to draw")
+    return pictures.heat
+
+
+def _laid_over(picture: np.ndarray, pictures: CasePictures, z: int) -> np.ndarray:
+    unit = _smooth(pictures.turned(_heat_of(pictures).unit_hw(z)), *picture.shape[:2])
+    return blend(picture, unit, 0.75 * unit)
+
+
+def _smooth(unit_hw: np.ndarray, height: int, width: int) -> np.ndarray:
+    grid = Image.fromarray(np.ascontiguousarray(unit_hw, np.float32))
+    return np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _viridis(similarity_hw: np.ndarray) -> np.ndarray:
+    low = float(similarity_hw.min())
+    unit = (similarity_hw - low) / max(1.0 - low, 1e-12)
+    return blend(np.zeros((*unit.shape, 3), np.uint8), unit, 1.0, colormap="viridis")
+
+
+def _captioned(picture: np.ndarray, text: str) -> np.ndarray:
+    strip = _written(picture.shape[1], 24, [(picture.shape[1] // 2, "ma", text)])
+    return np.vstack([picture, strip])
+
+
+def _legend(width: int, heat: Heat) -> np.ndarray:
+    """A strip with the colour bar and the numbers at its ends."""
+    low, high = heat.limits
+    bar_width = min(_BAR, width // 2)
+    left = (width - bar_width) // 2
+    texts = [(left - 8, "ra", f"≤ {low:.4g}"), (left + bar_width + 8, "la", f"≥ {high:.4g} {heat.unit}")]
+    strip = _written(width, 34, texts)
+    unit = np.broadcast_to(np.linspace(0, 1, bar_width), (14, bar_width))
+    strip[6:20, left : left + bar_width] = blend(np.full((14, bar_width, 3), 60, np.uint8), unit, unit)
+    return strip
+
+
+def _written(width: int, height: int, texts: Sequence[tuple[int, str, str]]) -> np.ndarray:
+    """A black strip with (x, anchor, text) in it."""
+    strip = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(strip)
+    for x, anchor, text in texts:
+        draw.text((x, 4), text, fill=(225, 225, 225), anchor=anchor, font=_font())
+    return np.array(strip)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 14)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def case_page(
+    case_id: str,
+    pictures: CasePictures,
+    *,
+    similarity_hw: np.ndarray,
+    similarity_slice: int,
+    reference_patch: tuple[int, int],
+    missing: Sequence[str],
+    facts: Mapping[str, str],
+) -> Page:
+    """The report of one case.
+
+    Args:
+        case_id: Heading.
+        pictures: Its slices.
+        similarity_hw: Cosine of every patch with the reference patch.
+        similarity_slice: On which slice.
+        reference_patch: (row, column) of that patch.
+        missing: Sequences of the model that the case lacks.
+        facts: Provenance.
+    """
+    page = Page(
+        f"Case {case_id}", "Seen through a self-supervised backbone. It was never told what disease looks like."
+    )
+    page.note(RESEARCH_NOTE, "warning")
+    if missing:
+        page.note(f"Missing: {', '.join(missing)}. Mask tokens stand in, as in training.", "info")
+    page.heading("Slices" if pictures.count > 1 else "Picture")
+    heat = pictures.heat
+    page.text(heat.definition if heat else "No heat map was asked for; --heatmap adds one.")
+    if heat is not None and heat.is_flat:
+        low, high = heat.limits
+        page.note(f"The map is nearly even: its colours span only {low:.4g} to {high:.4g} {heat.unit}.", "info")
+    _add_slices(page, pictures)
+    page.heading("Patch similarity")
+    row, column = reference_patch
+    page.figure(
+        _similarity_pair(pictures, similarity_hw, similarity_slice, reference_patch),
+        f"{pictures.label(similarity_slice).capitalize()}. Left: the reference patch, row {row}, column {column}. "
+        f"Right: cosine of every patch with it, from {similarity_hw.min():.2f} (dark) to 1 (bright). It shows what "
+        "looks alike to the network; it is no map of lesions.",
+        alt="reference patch on its slice, and the map of similarity to it",
+    )
+    page.heading("Provenance")
+    page.facts(facts)
+    return page
+
+
+def _add_slices(page: Page, pictures: CasePictures) -> None:
+    heat = pictures.heat
+    top = [entry["slice_index"] for entry in heat.top] if heat else []
+    first = top[0] if top else pictures.count // 2
+    even = np.linspace(0, pictures.count - 1, min(pictures.count, VIEWER_SLICES)).round().astype(int)
+    chosen = sorted({int(z) for z in even} | set(top) | {first})
+    height, width = pictures.picture_size(1000)
+    stack = Stack(
+        slices=tuple(_viewer_slice(pictures, z) for z in chosen),
+        first=chosen.index(first),
+        names=pictures.names,
+        proportions=(width, height),
+        sides=None if pictures.orientation is None else ("R", "L", "A", "P"),
+    )
+    layer = None
+    thumbnails: tuple[Thumbnail, ...] = ()
+    if heat is not None:
+        low, high = heat.limits
+        layer = Layer("heat map", f"≤ {low:.4g}", f"≥ {high:.4g} {heat.unit}", _bar())
+        thumbnails = tuple(_thumbnail(pictures, entry, chosen) for entry in heat.top if pictures.count > 1)
+    add_viewer(page, stack, layer, thumbnails)
+
+
+def _viewer_slice(pictures: CasePictures, z: int) -> ViewerSlice:
+    layer = None
+    if pictures.heat is not None:
+        unit = pictures.turned(pictures.heat.unit_hw(z))
+        scale = max(1, _LAYER_SIDE // max(unit.shape))
+        layer = png_bytes(_heat_colours(_smooth(unit, *(scale * n for n in unit.shape))))
+    images = tuple(jpeg_bytes(_reduced(picture), quality=85) for picture in pictures.pictures(z))
+    return ViewerSlice(pictures.label(z), images, layer)
+
+
+def _reduced(picture: np.ndarray) -> np.ndarray:
+    scale = VIEWER_SIDE / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    return resized(picture, *(max(1, round(n * scale)) for n in picture.shape[:2]))
+
+
+def _heat_colours(unit_HW: np.ndarray) -> np.ndarray:
+    """(H, W, 4): the hotter, the less transparent."""
+    colours = blend(np.zeros((*unit_HW.shape, 3), np.uint8), unit_HW, 1.0)
+    return np.dstack([colours, np.rint(255 * unit_HW).astype(np.uint8)])
+
+
+def _bar() -> bytes:
+    return png_bytes(_heat_colours(np.linspace(0, 1, _BAR)[None]))
+
+
+def _thumbnail(pictures: CasePictures, entry: Mapping[str, Any], chosen: Sequence[int]) -> Thumbnail:
+    z = entry["slice_index"]
+    height, width = pictures.picture_size(THUMBNAIL_SIDE)
+    picture = _laid_over(resized(pictures.pictures(z)[0], height, width), pictures, z)
+    heat = _heat_of(pictures)
+    return Thumbnail(chosen.index(z), f"slice {z + 1}", f"{entry['score']:.4g} {heat.unit}", jpeg_bytes(picture, 85))
+
+
+def _similarity_pair(pictures: CasePictures, similarity_hw: np.ndarray, z: int, patch: tuple[int, int]) -> bytes:
+    height, width = pictures.picture_size(SIMILARITY_SIDE)
+    picture = resized(pictures.pictures(z)[0], height, width)
+    here = np.zeros(similarity_hw.shape, np.uint8)
+    here[patch] = 255
+    box = Image.fromarray(np.ascontiguousarray(pictures.turned(here))).resize((width, height), Image.Resampling.NEAREST)
+    left, top, right, bottom = box.getbbox() or (0, 0, 0, 0)
+    marked = Image.fromarray(picture)
+    draw = ImageDraw.Draw(marked)
+    for inset, colour in ((-2, (0, 0, 0)), (0, (255, 255, 255))):  # seen on dark and on bright
+        draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=colour, width=2)
+    return jpeg_bytes(montage([np.array(marked), similarity_picture(similarity_hw, pictures)], columns=2, gap=8), 92)

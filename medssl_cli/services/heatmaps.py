@@ -1,0 +1,221 @@
+"""Slices of a case through a backbone: embeddings, a patch-similarity map, and heat on the grid of the slices.
+
+Letters: N slices looked at, Z all slices, B slices computed together, S sequences, H W pixels of a slice, h w patches,
+D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch.nn import functional
+
+from medssl_cli.core.config import Config
+from medssl_cli.core.errors import DataError
+from medssl_cli.report.attention import similarity
+from medssl_cli.services.backbone import Backbone, Planes, Tokens
+
+Method = Literal["rollout", "similarity"]
+
+DEFINITIONS: dict[str, str] = {
+    "rollout": "Attention rollout (Abnar and Zuidema 2020): how much each place reaches the CLS token through all "
+    "blocks; 1 is the average of the slice. It shows where the network looks; it is no map of lesions.",
+    "similarity": "Patch similarity: cosine of each place with the reference patch, averaged over sequences. It shows "
+    "what looks alike; it is no map of lesions.",
+}
+UNITS: dict[str, str] = {"rollout": "× average", "similarity": "cosine"}
+SCORE_QUANTILE = 0.99
+
+
+class InferConfig(Config):
+    """How a case is looked at."""
+
+    heatmap_method: Method = "rollout"
+    """What the heat map of a bare backbone shows: rollout (attention) or similarity (to the reference patch)."""
+    max_side: PositiveInt = 518
+    """Longer side in pixels of a slice as the network sees it; larger ones are reduced."""
+    stride: PositiveInt = 1
+    """Every n-th slice is looked at; those between are interpolated in the heat map."""
+    batch_size: PositiveInt = 4
+    """Slices computed together."""
+    sim_slice: NonNegativeInt | None = None
+    """Slice of the similarity map, from 0; the middle one if not given."""
+    sim_patch: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """Row and column of the patch that all are compared with, from 0; the middle one if not given."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the network made of the slices of one case.
+
+    Args:
+        cls_ND: Embedding of each slice.
+        indices_N: Their positions.
+        heat_Nhw: Heat of each slice, one value a patch; None if not asked for.
+        similarity_hw: Similarity map of one slice, one value a patch.
+        similarity_index: Position of that slice.
+        reference_patch: (row, column) of the patch compared with.
+        network_size: (height, width) in pixels of a slice as the network saw it.
+    """
+
+    cls_ND: np.ndarray
+    indices_N: np.ndarray
+    heat_Nhw: np.ndarray | None
+    similarity_hw: np.ndarray
+    similarity_index: int
+    reference_patch: tuple[int, int]
+    network_size: tuple[int, int]
+
+
+def look(
+    planes: Planes,
+    backbone: Backbone,
+    config: InferConfig,
+    *,
+    heatmap: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Seen:
+    """Show the slices to the network, the one of the similarity map first; ``progress`` is told slices done and in all.
+
+    Raises:
+        DataError: ``sim_slice`` or ``sim_patch`` lies outside.
+        NonFiniteError: The network gave NaN or infinity.
+    """
+    size = backbone.network_size(planes.size, planes.spacing, config.max_side)
+    indices = np.arange(0, len(planes), config.stride)
+    sim_index = _similarity_slice(indices, len(planes), config)
+    indices = np.union1d(indices, [sim_index])
+    patch = _reference_patch(size, backbone, config)
+    method = config.heatmap_method if heatmap else None
+
+    grid = tuple(n // backbone.model.patch_size for n in size)
+    cls_ND = np.empty((len(indices), backbone.model.embed_dim), np.float32)
+    heat_Nhw = None if method is None else np.zeros((len(indices), *grid), np.float32)
+    reference_SD = similarity_hw = np.empty(0)
+    done = 0
+    for places in _batches(indices, sim_index, config.batch_size):
+        images = backbone.to_network(planes.batch(indices[places]), size)
+        tokens = backbone.see(images, planes.available_S, with_rollout=method == "rollout")
+        cls_ND[places] = tokens.cls_BD
+        if not done:
+            reference_SD = tokens.patches_BShwD[0, :, patch[0], patch[1]]
+            similarity_hw = _alike(tokens, reference_SD, planes.available_S)[0]
+        if heat_Nhw is not None:
+            is_rollout = tokens.rollout_BShw is not None
+            heat_Nhw[places] = (
+                _relative(tokens, planes.available_S)
+                if is_rollout
+                else _alike(tokens, reference_SD, planes.available_S)
+            )
+        done += len(places)
+        if progress is not None:
+            progress(done, len(indices))
+    if heat_Nhw is not None:
+        heat_Nhw[~planes.filled_N[indices]] = 0.0  # padding: there is nothing to look at
+    return Seen(cls_ND, indices, heat_Nhw, similarity_hw, sim_index, patch, size)
+
+
+def _batches(indices_N: np.ndarray, first: int, size: int) -> Iterator[np.ndarray]:
+    """Places in ``indices_N``: that of the slice ``first`` alone, then the others."""
+    place = int(np.searchsorted(indices_N, first))
+    yield np.array([place])
+    others = np.delete(np.arange(len(indices_N)), place)
+    for start in range(0, len(others), size):
+        yield others[start : start + size]
+
+
+def _similarity_slice(indices: np.ndarray, count: int, config: InferConfig) -> int:
+    if config.sim_slice is None:
+        return int(indices[len(indices) // 2])
+    if config.sim_slice >= count:
+        raise DataError(
+            "The slice of the similarity map lies outside the case.",
+            where=f"sim_slice={config.sim_slice}; slices 0 to {count - 1}",
+            fix="choose one of them, or leave it out for the middle one",
+            code="sim_slice_outside",
+        )
+    return config.sim_slice
+
+
+def _reference_patch(size: tuple[int, int], backbone: Backbone, config: InferConfig) -> tuple[int, int]:
+    rows, columns = (n // backbone.model.patch_size for n in size)
+    if config.sim_patch is None:
+        return rows // 2, columns // 2
+    row, column = config.sim_patch
+    if row >= rows or column >= columns:
+        raise DataError(
+            "The reference patch lies outside the slice.",
+            where=f"sim_patch=[{row},{column}]; rows 0 to {rows - 1}, columns 0 to {columns - 1}",
+            fix="choose a patch inside, or leave it out for the middle one",
+            code="sim_patch_outside",
+        )
+    return row, column
+
+
+def _alike(tokens: Tokens, reference_SD: np.ndarray, available_S: np.ndarray) -> np.ndarray:
+    """(B, h, w): cosine with the reference patch of the same sequence, averaged over the sequences that exist."""
+    maps = [
+        similarity(tokens.patches_BShwD[:, s], reference_SD[s])
+        for s in np.flatnonzero(available_S[: len(reference_SD)])
+    ]
+    return np.stack(maps).mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _relative(tokens: Tokens, available_S: np.ndarray) -> np.ndarray:
+    """(B, h, w): rollout summed over the sequences that exist, 1 on average over the slice."""
+    assert tokens.rollout_BShw is not None
+    summed_Bhw = tokens.rollout_BShw[:, available_S[: tokens.rollout_BShw.shape[1]]].sum(1)
+    return summed_Bhw / np.maximum(summed_Bhw.mean((1, 2), keepdims=True), 1e-30)
+
+
+# --- heat on the grid of the slices ----------------------------------------------------------------------------------
+
+
+def heat_of_all(seen: Seen, count: int) -> np.ndarray:
+    """(Z, h, w): slices between those looked at are interpolated linearly; beyond the last it is kept."""
+    assert seen.heat_Nhw is not None
+    if len(seen.indices_N) == count:
+        return seen.heat_Nhw
+    places = np.interp(np.arange(count), seen.indices_N, np.arange(len(seen.indices_N)))
+    low = np.floor(places).astype(int)
+    high = np.minimum(low + 1, len(seen.indices_N) - 1)
+    share = (places - low).astype(np.float32)[:, None, None]
+    return (1 - share) * seen.heat_Nhw[low] + share * seen.heat_Nhw[high]
+
+
+def on_pixels(heat_Zhw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(Z, H, W) float32: one value a patch -> one a pixel, bilinear between the centres of the patches."""
+    out_ZHW = np.empty((len(heat_Zhw), *size), np.float32)
+    for grid_hw, plane_HW in zip(heat_Zhw, out_ZHW, strict=True):
+        grid = torch.from_numpy(np.ascontiguousarray(grid_hw, np.float32))[None, None]
+        plane_HW[...] = functional.interpolate(grid, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    return out_ZHW
+
+
+def top_slices(
+    seen: Seen, heat_ZHW: np.ndarray, planes: Planes, top_k: int, *, places: Callable[[int, int, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The slices whose hottest hundredth is hottest, best first; equal ones in their order, padding left out.
+
+    Args:
+        seen: What was looked at; slices between are not ranked.
+        heat_ZHW: From ``on_pixels``.
+        planes: To tell padding.
+        top_k: How many at most.
+        places: (slice, row, column) of the hottest pixel to further facts about it.
+    """
+    filled = planes.filled_N
+    ranked = [int(z) for z in seen.indices_N if filled[z]] or [int(z) for z in seen.indices_N]
+    scores = {z: float(np.quantile(heat_ZHW[z], SCORE_QUANTILE)) for z in ranked}
+    best = sorted(ranked, key=lambda z: (-scores[z], z))[:top_k]
+    found = []
+    for rank, z in enumerate(best, start=1):
+        row, column = np.unravel_index(int(heat_ZHW[z].argmax()), heat_ZHW[z].shape)
+        facts = places(z, int(row), int(column))
+        found.append({"rank": rank, "slice_index": z, "score": scores[z], **facts})
+    return found

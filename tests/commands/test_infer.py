@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+Medssl = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Path]) -> Path:
+    return write_run(tmp_path_factory.mktemp("model") / "runs" / "tiny")
+
+
+def test_a_case_folder_with_a_heat_map(medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    case = sorted(path for path in prostate_tree.iterdir() if path.is_dir())[0]
+    answer = medssl(
+        "infer", case, "--model", run, "--heatmap", "--device", "cpu", "--out", tmp_path / "out", "stride=6"
+    )
+    assert answer.exit_code == 0, answer.stderr
+    assert f"{case.name}: " in answer.stdout
+    assert "heatmap.nii.gz (rollout)" in answer.stdout
+    assert "report.html" in answer.stdout
+    assert f"Model: {run} (given), on cpu" in answer.stderr
+    source, heat = nib.load(case / "ax_t2wi.nii.gz"), nib.load(tmp_path / "out/heatmap.nii.gz")
+    assert heat.shape == source.shape
+    np.testing.assert_array_equal(heat.affine, source.affine)
+    assert np.isfinite(np.asarray(heat.dataobj)).all()
+    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert case.name in text
+    assert "research use only" in text
+
+
+def test_the_newest_run_is_found_and_named(
+    medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    monkeypatch.delenv("MEDSSL_MODEL", raising=False)
+    case = prostate_tree / sorted(path.name for path in prostate_tree.iterdir() if path.is_dir())[0] / "ax_t2wi.nii.gz"
+    words = ("infer", case, "--out", tmp_path / "out", "--device", "cpu", "stride=12")
+    answer = medssl(*words)
+    assert answer.exit_code == 0, answer.stderr
+    assert "runs/tiny (newest finished run under ./runs)" in answer.stderr
+    answer = medssl(*words, env={"MEDSSL_MODEL": str(run / "export/teacher_backbone.safetensors")})
+    assert "teacher_backbone.safetensors (MEDSSL_MODEL)" in answer.stderr
+    monkeypatch.chdir(tmp_path)
+    answer = medssl(*words)
+    assert answer.exit_code == 2
+    for way in ("--model", "MEDSSL_MODEL", "medssl pretrain"):
+        assert way in answer.stderr
+
+
+def test_json_is_one_document(medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    cases = sorted(path for path in prostate_tree.iterdir() if path.is_dir())
+    lacking = next(path for path in cases if not (path / "ax_adc.nii.gz").exists())
+    cases = [next(path for path in cases if path != lacking), lacking]
+    answer = medssl(
+        "infer", *cases, "--model", run, "--device", "cpu", "--out", tmp_path / "out", "--json", "stride=12"
+    )
+    assert answer.exit_code == 0, answer.stderr
+    told = json.loads(answer.stdout)
+    assert told["command"] == "infer"
+    assert [entry["case_id"] for entry in told["cases"]] == [case.name for case in cases]
+    assert told["cases"][1]["missing_sequences"] == ["ax_adc"]
+    assert "ax_adc missing; mask tokens stand in" in answer.stderr
+    assert told == json.loads((tmp_path / "out/summary.json").read_text())
+
+
+def test_bad_cases_exit_4_and_stand_in_the_list(medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    good = sorted(path for path in prostate_tree.iterdir() if path.is_dir())[0]
+    (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
+    words = ("infer", tmp_path / "bad.nii.gz", good, "--model", run, "--device", "cpu", "stride=12")
+    answer = medssl(*words, "--out", tmp_path / "out", "--on-error", "skip")
+    assert answer.exit_code == 4
+    assert "1 of 2 cases failed" in answer.stderr
+    assert f"{good.name}: " in answer.stdout
+    with (tmp_path / "out/failures.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["case_id", "path", "reason", "fix"]
+    assert [row[0] for row in rows[1:]] == ["bad"]
+    assert (tmp_path / "out" / good.name / "summary.json").is_file()
+    answer = medssl(*words, "--out", tmp_path / "stopped")
+    assert answer.exit_code == 3
+    assert "bad.nii.gz" in answer.stderr
+    assert "fix:" in answer.stderr
+
+
+def test_wrong_words_exit_2_and_write_nothing(medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out", "--model", run)
+    for words in (
+        ("stride=0",),
+        ("strde=2",),
+        ("--device", "tpu"),
+        ("--top-k", 0),
+        ("--heatmap=1",),
+        ("--on-error", "x"),
+    ):
+        answer = medssl("infer", prostate_tree / "PT-0001", *out, *words)
+        assert answer.exit_code == 2, (words, answer.stderr)
+    assert medssl("infer", "stride=2", *out).exit_code == 2
+    assert medssl("infer", "x.nii.gz", *out, "--device", "cuda:99").exit_code == 6
+    assert medssl("infer", "x.nii.gz", "--out", tmp_path / "out", "--model", tmp_path / "no").exit_code == 7
+    assert not (tmp_path / "out").exists()

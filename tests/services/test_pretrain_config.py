@@ -1,0 +1,175 @@
+"""One configuration from DINOv2's sections, the dataset string, flags and overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medssl_cli.core.config import dump_config, load_config
+from medssl_cli.core.errors import ConfigError
+from medssl_cli.services.pretrain import PretrainRequest, resolve_config
+from medssl_cli.services.pretrain_config import PretrainConfig
+
+STRING = "ProstateSSL:split=TRAIN:root=/data/x:random_slices=True"
+
+
+def resolved(tmp_path: Path, values: dict[str, Any], *overrides: str, **flags: Any) -> PretrainConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return resolve_config(PretrainRequest(config=str(path), overrides=overrides, **flags))
+
+
+def test_framework_defaults_of_dinov2() -> None:
+    config = PretrainConfig()
+    assert (config.train.batch_size_per_gpu, config.train.OFFICIAL_EPOCH_LENGTH, config.train.img_size) == (
+        64,
+        1250,
+        518,
+    )
+    assert (config.train.saveckp_freq, config.train.seed, config.train.num_workers) == (20, 0, 10)
+    assert (config.dino.head_n_prototypes, config.dino.koleo_loss_weight, config.ibot.loss_weight) == (65536, 0.1, 1.0)
+    assert (config.student.arch, config.student.patch_size, config.student.drop_path_rate) == ("vit_large", 16, 0.3)
+    assert (config.optim.base_lr, config.optim.weight_decay_end, config.optim.clip_grad) == (0.004, 0.4, 3.0)
+    assert (config.crops.global_crops_size, config.crops.local_crops_size) == (224, 96)
+    # 518 is no multiple of 16: DINOv2 counts the whole patches, 32 a side
+    assert config.position_side == 512
+    assert config.warnings() == [
+        "train.img_size 518 is no multiple of student.patch_size 16: the position table has the grid of 512."
+    ]
+
+
+def test_the_documented_recipe() -> None:
+    """Column M of the specification's table."""
+    config = load_config(PretrainConfig, "prostate_vitb14", recipes="pretrain")
+    assert (config.train.batch_size_per_gpu, config.train.OFFICIAL_EPOCH_LENGTH, config.train.img_size) == (8, 50, 224)
+    assert (config.optim.epochs, config.optim.warmup_epochs, config.optim.base_lr) == (300, 30, 3.5e-4)
+    assert (config.dino.head_n_prototypes, config.ibot.head_n_prototypes) == (4096, 4096)
+    assert config.crops.global_crops_scale == (0.5, 1.0)
+    assert config.crops.local_crops_scale == (0.2, 0.5)
+    assert (config.crops.crop_from_tumor_foreground, config.crops.intensity_aug) == (True, "rc")
+    assert (config.data.random_axes, config.data.random_slices) == (True, True)
+    assert (config.student.use_mri_seq_embed, config.compute_precision.precision) == (True, "fp32")
+    assert config.warnings() == []
+
+
+def test_precedence_default_file_flag_override(tmp_path: Path) -> None:
+    values = {"train": {"seed": 1, "num_workers": 1}, "data": {"root": "/file"}}
+    config = resolved(tmp_path, values, "train.num_workers=3", seed=2, workers=2, data=Path("/flag"))
+    assert (config.train.seed, config.train.num_workers, config.data.root) == (2, 3, "/flag")
+    assert config.optim.epochs == 100
+
+
+# --- the dataset string ----------------------------------------------------------------------------------------------
+
+
+def test_t39_sequence_flags_do_not_depend_on_the_dataset_string(tmp_path: Path) -> None:
+    flags = {"student": {"use_mri_seq_embed": True, "img_wise_pos_embed": False}}
+    configs = [
+        resolved(tmp_path, {**flags, "train": {"dataset_path": text}})
+        for text in (STRING, STRING + ":mri_sequences=ax_t2wi,ax_adc,ax_dwi")
+    ]
+    for config in configs:
+        assert (config.student.use_mri_seq_embed, config.student.img_wise_pos_embed) == (True, False)
+        assert config.data.mri_sequences == ("ax_t2wi", "ax_adc", "ax_dwi")
+        assert (config.data.root, config.data.random_slices) == ("/data/x", True)
+    assert configs[0].data == configs[1].data
+
+
+def test_a_dataset_string_counts_with_the_rank_of_its_place(tmp_path: Path) -> None:
+    values = {"train": {"dataset_path": STRING}, "data": {"random_slices": False}}
+    config = resolved(tmp_path, values)
+    assert config.data.random_slices is False
+    (line,) = [text for text in config.warnings() if "dataset_path" in text]
+    assert line == ("train.dataset_path says random_slices=True, but data.random_slices=False was given and counts.")
+    overridden = resolved(tmp_path, {"data": {"random_slices": False, "root": "/file"}}, f"train.dataset_path={STRING}")
+    assert (overridden.data.random_slices, overridden.data.root) == (True, "/data/x")
+    last = resolved(tmp_path, {}, f"train.dataset_path={STRING}", "data.root=/y", data=Path("/flag"))
+    assert last.data.root == "/y"
+    assert resolved(tmp_path, {"train": {"dataset_path": STRING}}, data=Path("/flag")).data.root == "/flag"
+
+
+def test_a_bad_dataset_string_is_told_with_all_other_faults(tmp_path: Path) -> None:
+    values = {"train": {"dataset_path": "ProstateSSL:split=TRAIN:rot=/x"}, "optim": {"epochs": "many"}}
+    with pytest.raises(ConfigError) as caught:
+        resolved(tmp_path, values)
+    for words in ("train.dataset_path", "unknown key 'rot'; did you mean root?", "root is missing"):
+        assert words in caught.value.where
+    with pytest.raises(ConfigError, match="dataset string"):
+        resolved(tmp_path, {}, "train.dataset_path=ProstateSSL:split=TRAIN")
+
+
+# --- files of DINOv2 -------------------------------------------------------------------------------------------------
+
+
+def test_keys_of_dinov2_without_effect_are_accepted_and_named(tmp_path: Path) -> None:
+    half = {"sharding_strategy": "SHARD_GRAD_OP", "mixed_precision": {"param_dtype": "fp16"}}
+    values = {
+        "compute_precision": {"grad_scaler": True, "student": {"backbone": half}, "precision": "fp32"},
+        "train": {"cache_dataset": True},
+        "optim": {"lr": 0.0, "epochs": 3},
+        "evaluation": {"eval_period_iterations": 1000, "metric_types": ["mcc"]},
+        "semi_supervised": {"loss_weight": 0.0, "label_smoothing": 0.1},
+        "teacher": {"init_with_student_weights": False},
+    }
+    config = resolved(tmp_path, values)
+    assert config.optim.epochs == 3
+    text = "\n".join(config.warnings())
+    for key in (
+        *("compute_precision.grad_scaler", "compute_precision.student.backbone.mixed_precision.param_dtype"),
+        *("train.cache_dataset", "optim.lr", "evaluation.eval_period_iterations", "semi_supervised.label_smoothing"),
+        *("teacher.init_with_student_weights",),
+    ):
+        assert key in text
+    again = PretrainConfig.model_validate(yaml.safe_load(dump_config(config)))
+    assert again.model_dump() == config.model_dump()
+
+
+def test_a_semi_supervised_weight_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(tmp_path, {"semi_supervised": {"loss_weight": 0.5}})
+    assert "semi_supervised.loss_weight is 0.5" in caught.value.where
+
+
+def test_json_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"optim": {"epochs": 7}}))
+    assert resolve_config(PretrainRequest(config=str(path))).optim.epochs == 7
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+def test_faults_that_show_only_together(tmp_path: Path) -> None:
+    values = {
+        "student": {"patch_size": 14},
+        "train": {"img_size": 13},
+        "dino": {"loss_weight": 0},
+        "ibot": {"loss_weight": 0},
+    }
+    with pytest.raises(ConfigError) as caught:
+        resolved(tmp_path, values)
+    for words in (
+        "train.img_size 13 is smaller than student.patch_size 14",
+        "nothing to learn",
+        "96 is not a multiple of the patch size 14",
+    ):
+        assert words in caught.value.where
+
+
+def test_epoch_length_and_share_of_masks(tmp_path: Path) -> None:
+    values = {"train": {"OFFICIAL_EPOCH_LENGTH": "auto", "batch_size_per_gpu": 8, "percentage_labels": 0.5}}
+    config = resolved(tmp_path, values)
+    assert [config.epoch_length(n) for n in (1, 8, 9, 400)] == [1, 1, 2, 50]
+    assert config.data.percentage_labels == 0.5
+    assert resolved(tmp_path, {}, "train.OFFICIAL_EPOCH_LENGTH=50").epoch_length(9) == 50
+
+
+def test_initial_weights(tmp_path: Path) -> None:
+    assert PretrainConfig().initial_weights is None
+    assert resolved(tmp_path, {"student": {"pretrained_weights": "a.pth"}}).initial_weights == Path("a.pth")
+    both = resolved(tmp_path, {"student": {"pretrained_weights": "a.pth"}}, init=Path("b.pth"))
+    assert both.initial_weights == Path("b.pth")

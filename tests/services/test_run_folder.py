@@ -1,0 +1,114 @@
+"""A run folder: what is held back until it begins, and what it tells when it ends badly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from medssl_cli.core.errors import ConfigError, Interrupted, NonFiniteError, ResourceError
+from medssl_cli.services import run_folder
+from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable, without_home
+
+log = logging.getLogger("test")
+
+
+def test_lines_are_held_back_and_then_written_as_they_come(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "log.txt"
+    with HeldLog() as lines:
+        log.info("early")
+        assert not path.exists()
+        lines.write_to(path)
+        assert path.read_text().endswith("INFO early\n")
+        log.info("late")
+        assert path.read_text().endswith("INFO late\n")
+        lines.note("for the file alone")
+    log.info("after")
+    texts = [line.split(" ", 3)[3] for line in path.read_text().splitlines()]
+    assert texts == ["early", "late", "for the file alone"]
+    assert "for the file alone" not in caplog.text
+
+
+def test_an_error_stands_in_the_log_of_a_run_that_began(tmp_path: Path) -> None:
+    def fail(folder: RunFolder, begin: bool) -> None:
+        if begin:
+            folder.begin()
+        raise ResourceError("No room.", where="here")
+
+    for name, begin in (("begun", True), ("never", False)):
+        with HeldLog() as lines, pytest.raises(ResourceError), RunFolder(tmp_path / name, "pretrain", lines) as folder:
+            fail(folder, begin)
+    assert "ERROR error: No room.\n  where: here" in (tmp_path / "begun/log.txt").read_text()
+    assert not (tmp_path / "never/log.txt").exists()
+
+
+def test_nothing_goes_before_the_run_begins(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "notes.md").write_text("mine")
+    with HeldLog() as lines, RunFolder(tmp_path, "pretrain", lines, overwrite=True) as folder:
+        assert (tmp_path / "notes.md").exists()
+        with (
+            pytest.raises(ConfigError, match="Another process"),
+            RunFolder(tmp_path, "pretrain", lines, overwrite=True),
+        ):
+            pass
+        folder.begin()
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", ".medssl.json", "log.txt"}
+        with pytest.raises(ConfigError, match="Another process"), RunFolder(tmp_path, "pretrain", lines):
+            pass
+    (tmp_path / "checkpoints").mkdir()
+    with HeldLog() as lines, RunFolder(tmp_path, "pretrain", lines) as folder:
+        folder.begin(clear=("checkpoints", "log.txt", "absent"))
+        assert not (tmp_path / "checkpoints").exists()
+        assert (tmp_path / "log.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (NonFiniteError("A loss became NaN."), "failed", "A loss became NaN."),
+        (Interrupted("SIGTERM came."), "interrupted", "SIGTERM came."),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+        (ZeroDivisionError(), "failed", "ZeroDivisionError"),
+    ],
+)
+def test_the_end_is_told(tmp_path: Path, error: BaseException, status: str, reason: str) -> None:
+    with HeldLog() as lines, RunFolder(tmp_path, "pretrain", lines) as folder:
+        folder.facts = {"recipe": "tiny"}
+        with pytest.raises(type(error)), folder.telling_the_end(lambda: {"step": 3}):
+            raise error
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record == {"recipe": "tiny", "status": status, "reason": reason, "step": 3}
+
+
+def test_a_full_disk_at_the_end_does_not_hide_the_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, data: object) -> None:
+        raise ResourceError("The result cannot be written.", where=str(path))
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+    folder = RunFolder(tmp_path, "pretrain", HeldLog())
+    with pytest.raises(ResourceError) as caught, folder, folder.telling_the_end(dict):
+        raise ResourceError("The checkpoint cannot be written.", where="300 bytes needed")
+    assert caught.value.where == "300 bytes needed"
+    assert "run.json" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_preparing_is_an_interruption(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"{number.name} came while preparing"), stoppable("preparing"):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_home_is_hidden_in_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jane")
+    data = {"a": ["/home/jane/x", 3, None], "b": {"c": Path("/home/jane")}, "d": (1.5, True)}
+    assert without_home(data) == {"a": ["~/x", 3, None], "b": {"c": "~"}, "d": [1.5, True]}
