@@ -42,7 +42,9 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    verbose: Annotated[bool, typer.Option("--verbose", help="More log lines, and a traceback with each error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="More log lines, and a traceback with each error.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,

@@ -51,4 +51,4 @@ def test_the_real_run_of_the_readme(tmp_path: Path) -> None:
     assert heat.shape == reference.shape
     np.testing.assert_array_equal(heat.affine, reference.affine)
     assert json.loads((result / "summary.json").read_text())["case_id"] == "PT-0000"
-    assert "http" not in re.sub(r"https?://www\.w3\.org\S*", "", (result / "report.html").read_text())
+    assert "://" not in (result / "report.html").read_text()

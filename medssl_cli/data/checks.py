@@ -145,6 +145,28 @@ def check_case(case: Case) -> CheckedCase:
     return checked
 
 
+def check_geometry(case: Case) -> list[Finding]:
+    """What the headers of a case say, and say against each other; no voxel is read.
+
+    Sequences may lie on grids of their own, for they are resampled in world coordinates. But as many voxels of the same
+    size at another place, or turned, are what a damaged header looks like. A header that cannot be read is left to the
+    reader of its voxels.
+    """
+    headers: dict[str, ImageHeader] = {}
+    findings: list[Finding] = []
+    for name, sequence in case.sequences.items():
+        try:
+            headers[name] = read_header(sequence.path)
+        except DataError:
+            continue
+        findings += header_findings(headers[name], case.case_id)
+    by_shape: dict[tuple[int, ...], dict[str, ImageHeader]] = {}
+    for name, header in headers.items():
+        by_shape.setdefault(header.shape[:3], {})[name] = header
+    alike = [finding for same in by_shape.values() for finding in _grid_findings(case.case_id, same)]
+    return findings + [finding for finding in alike if finding.code in ("grid_orientation", "grid_position")]
+
+
 def _choice_findings(folder: Path, case: Case) -> list[Finding]:
     found = []
     for name, sequence in case.sequences.items():

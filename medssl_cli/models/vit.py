@@ -185,10 +185,7 @@ class VisionTransformer(nn.Module):
     ) -> list[Features]:
         """Crops of several sizes in one pass; without stochastic depth the numbers of one ``forward`` for each."""
         positions: dict[tuple[int, int], Tensor] = {}
-        embedded = [
-            self._embed(*one, positions)
-            for one in zip(images, token_masks, available, strict=True)
-        ]
+        embedded = [self._embed(*one, positions) for one in zip(images, token_masks, available, strict=True)]
         return self._features(embedded, packed=True)
 
     def forward_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import ConfigError, DataError
+from medssl_cli.data.checks import check_geometry
 from medssl_cli.data.copies import refuse_copies
 from medssl_cli.data.datasets import DataConfig, ImageDataset, SliceDataset
 from medssl_cli.data.manifest import (
@@ -55,7 +57,8 @@ def read_training_data(config: DataConfig) -> TrainingData:
 
     Raises:
         ConfigError: No data root was given.
-        DataError: Missing or unreadable cases, cases without any of the sequences, or a leak between splits.
+        DataError: Missing or unreadable cases, cases without any of the sequences, headers that contradict each other,
+            or a leak between splits.
     """
     if not config.root:
         raise ConfigError(
@@ -67,6 +70,7 @@ def read_training_data(config: DataConfig) -> TrainingData:
     cases = _read(config, root, kind, unreadable)
     if kind == "volumes":
         cases = _with_sequences(config, root, cases, unreadable)
+        cases = _in_place(config, cases, unreadable)
         _tell_absent(cases, config.mri_sequences)
     if config.split_csv is not None:
         _refuse_leak(root, kind, Path(config.split_csv), config, cases)
@@ -125,6 +129,28 @@ def _with_sequences(config: DataConfig, root: Path, cases: list[Case], unreadabl
     for case in bare:
         unreadable.append((case.case_id, str(root / case.case_id), f"none of the sequences {asked}", fix))
     return [case for case in cases if case.sequences]
+
+
+def _in_place(config: DataConfig, cases: list[Case], unreadable: list[Failure]) -> list[Case]:
+    """The cases whose headers agree; others are refused, all in one message, or listed with ``on_error: skip``."""
+    faults, told = [], Counter[str]()
+    for case in cases:
+        findings = check_geometry(case)
+        told.update(finding.code for finding in findings if finding.severity == "warning")
+        faults += [finding for finding in findings if finding.severity == "error"][:1]
+    for code, count in told.items():
+        log.warning("%s in %d files; `medssl check-data` tells which", code, count)
+    if faults and config.on_error == "stop":
+        more = f"\nand {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise DataError(
+            f"{len(faults)} of {len(cases)} cases have headers that contradict each other.",
+            where="\n".join(f"case {f.case_id}: {f.path}: {f.message}" for f in faults[:10]) + more,
+            fix=faults[0].fix or "convert these cases again, or leave them out",
+            code=faults[0].code,
+        )
+    unreadable += [(f.case_id, f.path, f.message, f.fix) for f in faults]
+    bad = {finding.case_id for finding in faults}
+    return [case for case in cases if case.case_id not in bad]
 
 
 def _tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
