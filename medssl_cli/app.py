@@ -18,7 +18,7 @@ from medssl_cli.core.errors import Interrupted, MedsslError
 COMMANDS = ("convert", "split", "check-data", "pretrain", "infer", "phantom", "info", "doctor")
 """Order of the help page. Each module of ``commands/`` has one function ``run``, or an ``app`` with several."""
 
-EXIT_CODES = """Exit codes: 0 done · 1 internal error · 2 usage or configuration · 3 data rejected · 4 some cases failed ·
+EXIT_CODES = """Exit codes: 0 done · 1 internal error · 2 usage or configuration · 3 data rejected · 4 some failed ·
 5 non-finite loss · 6 resource missing · 7 checkpoint rejected · 75 interrupted, run the same command again."""
 
 app = typer.Typer(

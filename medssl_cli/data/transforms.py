@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 Range = tuple[float, float]
@@ -482,6 +481,8 @@ class SplineCurve:
 
     def draw(self, n_crops: int, n_channels: int, rng: np.random.Generator) -> CurveDraws:
         """Polynomials (V, 4 pieces, 4 coefficients, the highest power first)."""
+        from scipy.interpolate import CubicSpline  # most of a second to import, and few runs use it
+
         height_V5 = np.sort(rng.random((n_crops, 5)), axis=1)
         height_V5[:, 0], height_V5[:, -1] = 0, 1
         pieces = CubicSpline(np.linspace(0, 1, 5), height_V5, axis=1).c  # (coefficient, piece, V)

@@ -93,7 +93,6 @@ _forced: str | None = None
 _chosen: dict[tuple[str, torch.dtype, str | None, bool], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the kernel for a device and a number type, decided once for each by running it.
 
@@ -104,6 +103,10 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     if key not in _chosen:
         _chosen[key] = _decide(device, dtype)
     return _chosen[key]
+
+
+# The whole effect of torch.compiler.assume_constant_result, which would import torch._dynamo here: 2 s at every start.
+choose_backend.__dict__["_dynamo_marked_constant"] = True
 
 
 def set_backend(name: str | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:

@@ -40,7 +40,7 @@ class TeacherConfig(Config):
     warmup_teacher_temp_epochs: NonNegativeFloat = 30
     """Epochs of the linear warm-up of the temperature."""
     init_with_student_weights: bool = True
-    """Kept for existing files, without effect: the teacher always starts as a copy of the student, as averaging needs."""
+    """Kept for existing files, without effect: the teacher always starts as a copy of the student."""
 
 
 class SelfDistillation(nn.Module):

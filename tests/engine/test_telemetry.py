@@ -139,7 +139,8 @@ def test_collapse_is_said_once_and_not_of_a_fresh_network(tmp_path: Path, caplog
         log.record(record(step), lambda: {"teacher_entropy": 0.05, "effective_rank": 9.0})
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == [
-        "Collapse? teacher_entropy is 0.05 at step 300, below 0.1: the teacher gives every image the same few prototypes."
+        "Collapse? teacher_entropy is 0.05 at step 300, below 0.1: "
+        "the teacher gives every image the same few prototypes."
     ]
 
 
