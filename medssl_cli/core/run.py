@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from medssl_cli.core.errors import ConfigError, DataError, ResourceError
 SCHEMA_VERSION = 1
 LOCK = ".lock"
 """File in a folder that the process working on it holds; no result, and kept when a folder is replaced."""
+MARKER = ".medssl.json"
+"""File in a folder of results that names the command which owns it."""
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -46,11 +49,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: The disk is full or not writable; ``path`` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(path.suffixes[-2:])  # readers and writers choose the format by suffix
-    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.tmp{suffix}")
+    temporary = _temporary_name(path)
     try:
         with say_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner may read
             _fsync(temporary)
@@ -58,6 +60,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path) -> Path:
+    """A hidden name that no other writer has: containers that share a disk may share process ids too."""
+    suffix = "".join(path.suffixes[-2:])  # readers and writers choose the format by suffix
+    start = path.name.encode("utf-8", "surrogateescape")[:80].decode("utf-8", "ignore")
+    return path.with_name(f".{start}.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")
 
 
 @contextlib.contextmanager
@@ -144,32 +153,93 @@ def _fsync(path: Path) -> None:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def claim_out_folder(out: Path, command: str, *, overwrite: bool = False) -> None:
-    """Make ``out`` ready for the results of ``command``, or refuse a folder that holds something else.
+def check_out_folder(
+    out: Path, command: str, *, overwrite: bool = False, inputs: Iterable[Path] = (), keep: Iterable[Path] = ()
+) -> list[Path]:
+    """What has to go before ``out`` can hold the results of ``command``; nothing is touched.
 
-    A marker ``.medssl.json`` names the command that owns the folder.
+    A marker ``.medssl.json`` names the command that owns a folder; from its own folder a command deletes nothing here.
+
+    Args:
+        out: The folder, there or not.
+        command: Its owner to be.
+        overwrite: Whether other contents may go.
+        inputs: Files and folders that the command reads.
+        keep: Entries of ``out`` that stay, such as the scratch folder of this process.
 
     Raises:
-        ConfigError: The folder is not empty and was not made by the same command.
+        ConfigError: The folder is not empty and was not made by the same command; or it is to be emptied and holds,
+            or lies in, one of ``inputs``, or holds the working directory or the home folder.
     """
-    marker = out / ".medssl.json"
     if out.exists() and not out.is_dir():
         raise ConfigError(
             "The output folder is a file.", where=str(out), fix="choose another --out", code="out_is_file"
         )
-    entries = [entry for entry in out.iterdir() if entry.name != LOCK] if out.is_dir() else []
-    if entries and _marker_command(marker) != command:
-        if not overwrite:
-            raise ConfigError(
-                f"The output folder is not empty and holds no results of `medssl {command}`.",
-                where=str(out),
-                fix="pass --overwrite to replace its contents, or choose another folder with --out",
-                code="out_not_empty",
-            )
-        with say_disk_errors(out):
-            for entry in entries:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    write_json(marker, {"command": command, "medssl_version": package_version()})
+    kept = {LOCK, *(path.name for path in keep)}
+    entries = [entry for entry in out.iterdir() if entry.name not in kept] if out.is_dir() else []
+    if not entries or _marker_command(out / MARKER) == command:
+        return []
+    if not overwrite:
+        raise ConfigError(
+            f"The output folder is not empty and holds no results of `medssl {command}`.",
+            where=str(out),
+            fix="pass --overwrite to replace its contents, or choose another folder with --out",
+            code="out_not_empty",
+        )
+    _refuse_losing(out, inputs)
+    return entries
+
+
+def claim_out_folder(
+    out: Path, command: str, *, overwrite: bool = False, inputs: Iterable[Path] = (), keep: Iterable[Path] = ()
+) -> None:
+    """Make ``out`` ready for the results of ``command``: delete what ``check_out_folder`` tells, and mark it.
+
+    Whoever may delete does so while holding the lock of ``out``, and only once there is something to put there.
+
+    Raises:
+        ConfigError: As ``check_out_folder``.
+        ResourceError: The folder cannot be written.
+    """
+    entries = check_out_folder(out, command, overwrite=overwrite, inputs=inputs, keep=keep)
+    with say_disk_errors(out):
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    write_json(out / MARKER, {"command": command, "medssl_version": package_version()})
+
+
+def _refuse_losing(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to empty a folder whose contents are still needed."""
+    folder = _real(out)
+    needed = {"home folder": Path.home()}
+    with contextlib.suppress(FileNotFoundError):  # a working directory that is gone lies nowhere
+        needed["working directory"] = Path.cwd()
+    lost = [f"the {name} {path}" for name, path in needed.items() if _real(path).is_relative_to(folder)]
+    lost += [f"the input {path}" for path in inputs if not lost and _is_lost(path, folder)]
+    if lost:
+        raise ConfigError(
+            "Replacing the contents of the output folder would delete more than old results.",
+            where=f"{hide_home(str(out))} shares files with {hide_home(lost[0])}",
+            fix="choose another folder with --out; nothing was deleted",
+            code="out_holds_source",
+        )
+
+
+def _is_lost(path: Path, folder: Path) -> bool:
+    """Whether emptying ``folder`` would take a path, a part of it, or what a link below it leads to."""
+    real = _real(path)
+    if real.is_relative_to(folder) or (_real(path.parent) / path.name).is_relative_to(folder):
+        return True
+    if not real.is_dir():
+        return False
+    inside = (Path(at, name) for at, folders, files in os.walk(real) for name in (*folders, *files))
+    return folder.is_relative_to(real) or any(
+        _real(entry).is_relative_to(folder) for entry in inside if entry.is_symlink()
+    )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
 
 
 def _marker_command(marker: Path) -> str | None:
@@ -185,9 +255,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
     Raises:
         ConfigError: Another process holds it.
+        ResourceError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    with say_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK).open("a+", encoding="utf-8")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

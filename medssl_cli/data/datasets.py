@@ -67,7 +67,8 @@ class DataConfig(Config):
     roi: str = "roi_Prostate"
     """File stem of the region of interest, which steers the choice of slice and window; optional for each case."""
     append_label_mask: bool | None = None
-    """Hand the region of interest on to the views; if not given, as `crops.crop_from_tumor_foreground` says."""
+    """Hand the region of interest on to the views; if not given, as `crops.crop_from_tumor_foreground` says. Slices are
+    chosen by it either way."""
     min_roi_pixels: PositiveInt = 1
     """Pixels of the region of interest that make a slice one to draw."""
     spatial_size: PositiveInt = 224

@@ -112,7 +112,7 @@ def open_pseudonyms(out: Path) -> Pseudonyms:
     path = out / _KEY_FILE
     with say_disk_errors(path):
         if not path.exists():
-            temporary = out / f"{_KEY_FILE}.{os.getpid()}"
+            temporary = out / f"{_KEY_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(32))

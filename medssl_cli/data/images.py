@@ -118,12 +118,18 @@ def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
 
 
 def write_volume(path: Path, volume: Volume) -> None:
-    """Write NIfTI-1 whole or not at all; level 1, sform and qform both set."""
+    """Write NIfTI-1 whole or not at all; level 1, sform and qform both set.
+
+    64-bit integers, which other readers refuse, become int32 or, where a value is too large for it, float64.
+
+    Raises:
+        ValueError: A 64-bit integer has no equal in float64; nothing is written.
+    """
     array = volume.array
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)
-    if array.dtype in (np.int64, np.uint64):
-        array = array.astype(np.int32)
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = _narrowed(array)
     if array.dtype == np.float16:
         array = array.astype(np.float32)
     image = nib.Nifti1Image(array.T, volume.affine)
@@ -135,6 +141,16 @@ def write_volume(path: Path, volume: Volume) -> None:
         data = igzip.compress(data, compresslevel=1, mtime=0)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """64-bit integers in a type that every reader knows, with the same values."""
+    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    if low >= -(2**31) and high < 2**31:
+        return array.astype(np.int32)
+    if max(-low, high) < 2**53:
+        return array.astype(np.float64)
+    raise ValueError(f"voxels from {low} to {high} can be written neither as int32 nor exactly as float64")
 
 
 def check_finite(path: Path, array: np.ndarray) -> None:

@@ -961,8 +961,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if abs(number) < float("inf") else None
-
-
-def with_split(cases: Iterable[Case], split: str) -> list[Case]:
-    """The same cases, marked as of one split."""
-    return [replace(case, split=split) for case in cases]

@@ -89,11 +89,6 @@ class Ellipsoid:
             distance = np.maximum(distance, position_3ZYX[1] - self.front_mm)
         return distance
 
-    @property
-    def volume_mm3(self) -> float:
-        """Volume of the whole ellipsoid."""
-        return 4 / 3 * math.pi * math.prod(self.axes)
-
 
 @dataclass(frozen=True)
 class Layer:

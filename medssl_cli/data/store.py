@@ -271,10 +271,6 @@ class Store:
             image = np.frombuffer(blosc2.decompress2(data, nthreads=1), DTYPES[record["dtype"]])
             return image.reshape(record["shape"]), float(low), float(high)
 
-    def path_of(self, case: int) -> Path:
-        """The prepared file that holds a case."""
-        return self._file(int(self._table[case]["file"]))
-
     def close(self) -> None:
         """Close every file; reading opens them again."""
         self._local = _Local()

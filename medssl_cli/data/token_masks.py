@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,15 +32,34 @@ class TokenMasks:
 
     Args:
         blocks_CSN: bool, block masks; all False for a crop that drew none.
-        full_CS: bool, the one sequence of a crop that is hidden whole; all False unless the mode is ``full_sequence``.
+        pick_C: float64 in [0, 1), where among the sequences of its case the one lies that a crop hides whole, see
+            ``hidden_whole``; None unless the mode is ``full_sequence``.
     """
 
     blocks_CSN: np.ndarray
-    full_CS: np.ndarray
+    pick_C: np.ndarray | None = None
 
     def flat(self) -> np.ndarray:
-        """(C, S*N) bool, sequence-major: all tokens of sequence 1, then of sequence 2."""
-        return (self.blocks_CSN | self.full_CS[:, :, None]).reshape(len(self.blocks_CSN), -1)
+        """(C, S*N) bool for cases with all sequences, sequence-major: all tokens of sequence 1, then of sequence 2."""
+        masks_CSN = self.blocks_CSN
+        if self.pick_C is not None:
+            masks_CSN = masks_CSN | hidden_whole(self.pick_C, np.ones(masks_CSN.shape[:2], dtype=bool))[:, :, None]
+        return masks_CSN.reshape(len(masks_CSN), -1)
+
+
+def hidden_whole(pick_C: Any, available_CS: Any) -> Any:
+    """(C, S) bool: which sequence each crop hides whole, alike among those that its case has; never the only one.
+
+    Hiding one that is absent would hide nothing: its tokens are masked anyway and are no target.
+
+    Args:
+        pick_C: float64 in [0, 1). NumPy arrays, or tensors on one device, without waiting for it.
+        available_CS: bool, which sequences the case of each crop has.
+    """
+    count_C1 = available_CS.sum(1)[:, None]
+    place_C1 = pick_C[:, None] * count_C1
+    nth_CS = available_CS.cumsum(1)
+    return available_CS & (count_C1 > 1) & (nth_CS - 1 <= place_C1) & (place_C1 < nth_CS)
 
 
 def draw_token_masks(
@@ -65,7 +84,7 @@ def draw_token_masks(
         ratio_min_max: Share of the grid that a masked crop asks for; the i-th masked crop draws from the i-th of equal
             slices of this range, and the crops are shuffled.
         mode: ``shared``: one block mask for all sequences. ``full_sequence``: the same, and one sequence of each crop,
-            masked or not, hidden whole (with a single sequence this would hide everything, so it is ``shared``).
+            masked or not, hidden whole (where a case has a single one this would hide everything: it is ``shared``).
             ``independent``: a block mask for each sequence, of the same requested ratio.
         exact: Top a mask up with single patches to the requested number.
 
@@ -82,10 +101,7 @@ def draw_token_masks(
     masks = block_masks(np.repeat(requests, n_own), grid, rng, exact=exact)
     blocks_CSN = np.zeros((n_crops, n_sequences, n_tokens), dtype=bool)
     blocks_CSN[chosen] = masks.reshape(n_masked, n_own, n_tokens)
-    full_CS = np.zeros((n_crops, n_sequences), dtype=bool)
-    if mode == "full_sequence" and n_sequences > 1:
-        full_CS[np.arange(n_crops), rng.integers(n_sequences, size=n_crops)] = True
-    return TokenMasks(blocks_CSN, full_CS)
+    return TokenMasks(blocks_CSN, rng.random(n_crops) if mode == "full_sequence" else None)
 
 
 def block_masks(

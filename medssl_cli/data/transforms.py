@@ -71,7 +71,7 @@ class AreaCrop:
     scale: Range
     aspect: Range
 
-    def draw(self, n_views: int, sizes_B2: Tensor, roi_BHW: Tensor | None, rng: np.random.Generator) -> Tensor:
+    def draw(self, n_views: int, sizes_B2: Tensor, roi_rank_BHW: Tensor | None, rng: np.random.Generator) -> Tensor:
         """Boxes (V, 4) int64: top, left, height, width. The region of interest is not looked at."""
         n_crops, device = n_views * len(sizes_B2), sizes_B2.device
         root_share = np.sqrt(_uniform(rng, self.scale, n_crops, AREA_TRIES))
@@ -115,8 +115,15 @@ class SideCrop:
     scale: Range
     aspect: Range
 
-    def draw(self, n_views: int, sizes_B2: Tensor, roi_BHW: Tensor | None, rng: np.random.Generator) -> Tensor:
-        """Boxes (V, 4) int64: top, left, height, width; moved, never cut, to lie inside."""
+    def draw(self, n_views: int, sizes_B2: Tensor, roi_rank_BHW: Tensor | None, rng: np.random.Generator) -> Tensor:
+        """Boxes (V, 4) int64: top, left, height, width; moved, never cut, to lie inside.
+
+        Args:
+            n_views: Crops of each sample.
+            sizes_B2: (height, width) of each image.
+            roi_rank_BHW: What ``rank_pixels`` made of the regions of interest; None without any.
+            rng: Source of every draw.
+        """
         n_crops, device = n_views * len(sizes_B2), sizes_B2.device
         factor_V2 = np.repeat(_uniform(rng, self.scale, n_crops, 1), 2, axis=1)
         factor_V2[np.arange(n_crops), rng.integers(2, size=n_crops)] *= _uniform(rng, self.aspect, n_crops)
@@ -124,19 +131,24 @@ class SideCrop:
         sides_V2 = sizes_B2.double().repeat(n_views, 1)
         box_V2 = (sides_V2 * put(factor_V2, device)).round().clamp_min(1).minimum(sides_V2)
         centre_V2 = (sides_V2 / 2).floor()
-        if roi_BHW is not None:
-            centre_V2 = _random_pixels(roi_BHW, pick_V, centre_V2)
+        if roi_rank_BHW is not None:
+            centre_V2 = _random_pixels(roi_rank_BHW, pick_V, centre_V2)
         corner_V2 = (centre_V2 - (box_V2 / 2).floor()).clamp_min(0).minimum(sides_V2 - box_V2)
         return torch.cat([corner_V2, box_V2], 1).long()
 
 
-def _random_pixels(roi_BHW: Tensor, pick_V: Tensor, otherwise_V2: Tensor) -> Tensor:
+def rank_pixels(roi_BHW: Tensor) -> Tensor:
+    """(B, H, W) int32: how many pixels of a mask lie at or before each pixel, row by row; once a batch is enough."""
+    return roi_BHW.flatten(1).cumsum(1, dtype=torch.int32).view(roi_BHW.shape)
+
+
+def _random_pixels(roi_rank_BHW: Tensor, pick_V: Tensor, otherwise_V2: Tensor) -> Tensor:
     """(row, column) of the mask pixel at share ``pick`` of all mask pixels; ``otherwise`` where the mask is empty."""
-    n_samples, _, width = roi_BHW.shape
-    rank_BN = roi_BHW.flatten(1).cumsum(1)
+    n_samples, _, width = roi_rank_BHW.shape
+    rank_BN = roi_rank_BHW.flatten(1)
     count_B = rank_BN[:, -1]
     pick_BV = pick_V.view(-1, n_samples).T
-    wanted_BV = (pick_BV * count_B[:, None]).floor().long().minimum((count_B[:, None] - 1).clamp_min(0)) + 1
+    wanted_BV = (pick_BV * count_B[:, None]).floor().int().minimum((count_B[:, None] - 1).clamp_min(0)) + 1
     index_V = torch.searchsorted(rank_BN, wanted_BV.contiguous()).T.reshape(-1)
     pixel_V2 = torch.stack([index_V // width, index_V % width], 1).double()
     return torch.where((count_B > 0).repeat(len(pick_V) // n_samples)[:, None], pixel_V2, otherwise_V2)
@@ -264,8 +276,11 @@ class RandomConvolution:
         return FilterDraws([rng.standard_normal((n_crops, *width, 3, 3), np.float32) for width in widths], alpha_V)
 
     def apply(self, crops_VSGG: Tensor, draws: FilterDraws, available_VS: Tensor) -> Tensor:
-        """(V, S, G, G) -> the same, mixed with its filtered self."""
+        """(V, S, G, G) -> the same, mixed with its filtered self; no net runs for the crops that stay."""
         device, size = crops_VSGG.device, self.size
+        chosen = np.flatnonzero(draws.alpha_V)
+        if len(chosen) < len(crops_VSGG):
+            return self._apply_chosen(crops_VSGG, draws, available_VS, chosen)
         shapes = ((2, 1, 2), (2, 2, 2), (2, 2, 2), (4, 2, 2))  # sides of blocks: out, in along y, in along x
         kernels = [_block_kernels(put(k, device), *shape) for k, shape in zip(draws.kernels, shapes, strict=True)]
         taps = _PixelTaps(size, crops_VSGG.shape[-1], device)
@@ -281,6 +296,14 @@ class RandomConvolution:
             filtered = _rescale_jointly(filtered.transpose(0, 1), available_VS11[part])
             y = torch.lerp(x, filtered, alpha_V111[part])
             mixed[part] = torch.where(x == 0, x, y)
+        return mixed
+
+    def _apply_chosen(self, crops_VSGG: Tensor, draws: FilterDraws, available_VS: Tensor, chosen: np.ndarray) -> Tensor:
+        mixed = crops_VSGG.clone()
+        if len(chosen):
+            some = FilterDraws([kernel[chosen] for kernel in draws.kernels], draws.alpha_V[chosen])
+            index = put(chosen, crops_VSGG.device)
+            mixed[index] = self.apply(crops_VSGG[index], some, available_VS[index])
         return mixed
 
 

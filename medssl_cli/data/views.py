@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator
 from torch import Tensor
 
 from medssl_cli.core.config import Config
@@ -23,7 +23,7 @@ from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.data import transforms
-from medssl_cli.data.token_masks import MaskMode, TokenMasks, draw_token_masks
+from medssl_cli.data.token_masks import MaskMode, TokenMasks, draw_token_masks, hidden_whole
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -63,8 +63,8 @@ class CropsConfig(Config):
     """Centre each crop on a random pixel of the region of interest; on the middle of the slice where there is none."""
     horizontal_flip: Probability = 0.5
     """Share of the crops that are mirrored left to right."""
-    intensity_aug: Literal["none", "rc", "color_jittering", "bspline", "histogram"] | None = None
-    """Random change of intensities: rc (random convolution), color_jittering, bspline, histogram, none."""
+    intensity_aug: Literal["none", "rc", "color_jittering", "bspline", "histogram"] = "none"
+    """Random change of intensities: rc (random convolution), color_jittering, bspline, histogram; none or null."""
     intensity_aug_prob: Probability | None = None
     """Share of the crops that it changes; null takes its own: rc 1, color_jittering 0.8, bspline 0.75, histogram 1."""
     rc_size: Annotated[int, Field(ge=8, multiple_of=4)] = 512
@@ -90,6 +90,11 @@ class CropsConfig(Config):
     """Subtracted from every intensity in 0..1, background included; one number, or one a channel."""
     std: PositiveFloat | tuple[PositiveFloat, ...] = 0.22
     """Divided by afterwards; one number, or one a channel."""
+
+    @field_validator("intensity_aug", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return "none" if value is None else value
 
 
 def check_patch(config: CropsConfig, patch_size: int) -> list[str]:
@@ -143,7 +148,7 @@ class MultiCrop:
         config: Sizes, scales and random changes.
         patch_size: Side of a patch in pixels.
         n_sequences: Sequences of a case; 1 for plain pictures, whatever number of colour channels they have.
-        mask_sample_probability, mask_ratio_min_max, mask_mode, mask_exact: As in ``token_masks.draw_token_masks``.
+        mask_sample_probability, mask_ratio_min_max, mask_mode: As in ``token_masks.draw_token_masks``.
 
     Raises:
         ConfigError: A crop size does not divide by the patch size, or colour jitter meets a number of sequences that
@@ -159,7 +164,6 @@ class MultiCrop:
         mask_sample_probability: float = 0.5,
         mask_ratio_min_max: tuple[float, float] = (0.1, 0.5),
         mask_mode: MaskMode = "full_sequence",
-        mask_exact: bool = False,
     ) -> None:
         faults = check_patch(config, patch_size)
         if faults:
@@ -172,7 +176,7 @@ class MultiCrop:
         self.config, self.n_sequences = config, n_sequences
         self.grid = (config.global_crops_size // patch_size,) * 2
         self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
-        self.mask_mode, self.mask_exact = mask_mode, mask_exact
+        self.mask_mode = mask_mode
         self.intensity = build_intensity(config)
         if isinstance(self.intensity, transforms.ColorJitter):
             _check_colours(n_sequences, "sequences")
@@ -200,11 +204,14 @@ class MultiCrop:
         """Everything random about the views of a batch."""
         config = self.config
         blur_first, blur_second, blur_local = config.blur_probs
-        global_views = self._draw_views(batch, seed, "global", config.global_crops_scale, (blur_first, blur_second))
+        centred = config.crop_from_tumor_foreground and batch.roi_BHW is not None
+        ranks = transforms.rank_pixels(batch.roi_BHW) if centred else None
+        blurs: tuple[float, ...] = (blur_first, blur_second)
+        global_views = self._draw_views(batch, ranks, seed, "global", config.global_crops_scale, blurs)
         local_views = None
         if config.local_crops_number:
             blurs = (blur_local,) * config.local_crops_number
-            local_views = self._draw_views(batch, seed, "local", config.local_crops_scale, blurs)
+            local_views = self._draw_views(batch, ranks, seed, "local", config.local_crops_scale, blurs)
         token_masks = draw_token_masks(
             2 * len(batch.images_BSHW),
             self.n_sequences,
@@ -213,7 +220,6 @@ class MultiCrop:
             sample_probability=self.mask_sample_probability,
             ratio_min_max=self.mask_ratio_min_max,
             mode=self.mask_mode,
-            exact=self.mask_exact,
         )
         return CropDraws(global_views, local_views, token_masks)
 
@@ -229,7 +235,13 @@ class MultiCrop:
             return global_VSHW, self._apply_views(batch, draws.local_views, self.config.local_crops_size)
 
     def _draw_views(
-        self, batch: SliceBatch, seed: int, kind: str, scale: tuple[float, float], blur_probs: Sequence[float]
+        self,
+        batch: SliceBatch,
+        roi_rank_BHW: Tensor | None,
+        seed: int,
+        kind: str,
+        scale: tuple[float, float],
+        blur_probs: Sequence[float],
     ) -> ViewDraws:
         """One stream of numbers for each purpose, so that no setting moves the draws of another."""
         config = self.config
@@ -250,7 +262,7 @@ class MultiCrop:
         if self.intensity is not None:
             intensity = self.intensity.draw(n_crops, n_channels, _rng(seed, kind, "intensity"))
         return ViewDraws(
-            boxes_V4=crop.draw(n_views, batch.sizes_B2, batch.roi_BHW, _rng(seed, kind, "boxes")),
+            boxes_V4=crop.draw(n_views, batch.sizes_B2, roi_rank_BHW, _rng(seed, kind, "boxes")),
             flip_V=_rng(seed, kind, "flip").random(n_crops) < config.horizontal_flip,
             intensity=intensity,
             blur_sigma_V=np.concatenate(sigmas),
@@ -333,11 +345,13 @@ def _a_channel(key: str, values: float | tuple[float, ...], crops_VSGG: Tensor) 
 
 
 def _token_mask(masks: TokenMasks, available_BS: Tensor) -> Tensor:
-    """(2B, S*N) bool on the device; the last sequence that a case has is never hidden whole."""
+    """(2B, S*N) bool on the device."""
     device = available_BS.device
-    hideable = (available_BS.sum(1) > 1).repeat(2)
-    full_CS = transforms.put(masks.full_CS, device) & hideable[:, None]
-    return (transforms.put(masks.blocks_CSN, device) | full_CS[:, :, None]).flatten(1)
+    masks_VSN = transforms.put(masks.blocks_CSN, device)
+    if masks.pick_C is not None:
+        hidden_VS = hidden_whole(transforms.put(masks.pick_C, device), available_BS.repeat(2, 1))
+        masks_VSN = masks_VSN | hidden_VS[:, :, None]
+    return masks_VSN.flatten(1)
 
 
 def _check_colours(count: int, what: str) -> None:

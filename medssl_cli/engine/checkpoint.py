@@ -9,7 +9,6 @@ a function of seed and step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from medssl_cli.core.config import changed_keys
+from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import package_version, plain, publish_folder, say_disk_errors, to_json
 from medssl_cli.engine.optim import plain_name
@@ -36,16 +36,6 @@ log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
 KEEP = 3
-
-SAFE_KEYS = frozenset(
-    {"num_workers", "workers", "prefetch_factor", "persistent_workers", "pin_memory", "loader_timeout_s"}
-    | {"log_every", "log_interval", "log_period_iterations", "tensorboard", "device", "gpus"}
-    | {"output_dir", "out", "saveckp_freq", "cache_dir"}
-)
-"""Keys, by their last part or whole dotted name, that change no number of a run."""
-
-GROWING_KEYS = frozenset({"optim.epochs"})
-"""Keys that may rise on resume, but not fall."""
 
 
 class Stateful(Protocol):
@@ -151,6 +141,9 @@ def save(
 ) -> Path:
     """Write ``folder/step_…`` whole or not at all, point ``last`` to it and keep the newest ``keep``.
 
+    A step that is there whole stays as it is: the state of a run is a function of its step, and there is no moment
+    at which a folder could be exchanged for another without being absent in between.
+
     Args:
         folder: Checkpoint folder of one run, owned by this process.
         step: Optimizer updates done.
@@ -168,22 +161,45 @@ def save(
     with say_disk_errors(final, needed):
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
-        try:
-            temporary.mkdir()
-            _write_tensors(temporary / MODEL, model)
-            _write_tensors(temporary / OPTIMIZER, optimizer)
-            _write_state(temporary, step, model, optimizer, facts)
-            for name in (MODEL, OPTIMIZER):  # safetensors makes files for the owner alone, against the umask
-                shutil.copymode(temporary / STATE, temporary / name)
-            _remove(final)  # of the same step of the same run; the ones before it are still there
-            publish_folder(temporary, final)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+        if not _is_whole(final):
+            _publish(temporary, final, step, model, optimizer, facts)
     _point_last(folder, final)
     for old in list(_newest_first(folder))[max(1, keep) :]:
         _remove(old)
     return final
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read(path)
+    except CheckpointError as error:
+        if path.exists():
+            log.warning("%s is written anew: %s", path, error.where)
+        return False
+    return True
+
+
+def _publish(
+    temporary: Path,
+    final: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write all files under the other name, then give the folder its own; what bore it before was not whole."""
+    try:
+        temporary.mkdir()
+        _write_tensors(temporary / MODEL, model)
+        _write_tensors(temporary / OPTIMIZER, optimizer)
+        _write_state(temporary, step, model, optimizer, facts)
+        for name in (MODEL, OPTIMIZER):  # safetensors makes files for the owner alone, against the umask
+            shutil.copymode(temporary / STATE, temporary / name)
+        _remove(final)
+        publish_folder(temporary, final)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
 
 
 def model_tensors(objective: Stateful) -> dict[str, Tensor]:
@@ -245,7 +261,7 @@ def _write_state(
     files = {
         name: {
             "bytes": (folder / name).stat().st_size,
-            "sha256": _sha256(folder / name),
+            "sha256": file_digest(folder / name),
             "tensors": {
                 key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in sorted(tensors.items())
             },
@@ -371,7 +387,7 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise _damaged(path, f"{size:,} bytes, {expected['bytes']:,} were written")
-    if _sha256(path) != expected["sha256"]:
+    if file_digest(path) != expected["sha256"]:
         raise _damaged(path, "its content was altered: the SHA-256 differs")
 
 
@@ -399,14 +415,6 @@ def _with_way_out(error: CheckpointError, path: Path) -> CheckpointError:
                 fix = f"delete {path} to go on from {earlier}, the last good checkpoint"
                 break
     return CheckpointError(error.what, where=error.where, fix=fix, code=error.code)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- restoring -------------------------------------------------------------------------------------------------------
@@ -499,8 +507,8 @@ def compare_configs(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     *,
-    safe: Collection[str] = SAFE_KEYS,
-    growing: Collection[str] = GROWING_KEYS,
+    safe: Collection[str],
+    growing: Collection[str],
     allowed: Collection[str] = (),
 ) -> list[str]:
     """Compare the configuration of a checkpoint with the one of now.

@@ -123,9 +123,9 @@ def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, n
 def build_adamw(
     groups: list[dict[str, Any]], device: torch.device, *, beta1: float = 0.9, beta2: float = 0.999
 ) -> torch.optim.AdamW:
-    """AdamW in one kernel on CUDA and over lists of tensors elsewhere; rates are set by ``apply_schedule``."""
-    on_cuda = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), weight_decay=0.0, fused=on_cuda, foreach=not on_cuda)
+    """AdamW in one kernel on CUDA and CPU and over lists of tensors elsewhere; rates are set by ``apply_schedule``."""
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), weight_decay=0.0, fused=fused, foreach=not fused)
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, values: Mapping[str, float]) -> None:

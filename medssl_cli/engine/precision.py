@@ -16,7 +16,8 @@ from torch import Tensor
 from medssl_cli.core.config import Config
 
 PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number format of autocast by the name of a precision; the others have none."""
 
 
 class ComputePrecisionConfig(Config):
@@ -51,7 +52,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
-        dtype = _AUTOCAST.get(self.name)
+        dtype = AUTOCAST_DTYPES.get(self.name)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def backward(self, loss: Tensor) -> None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
-import re
 import signal
 import threading
 import time
@@ -26,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from medssl_cli.core.errors import Interrupted, MedsslError, NonFiniteError, ResourceError
+from medssl_cli.core.errors import Interrupted, NonFiniteError, ResourceError
 from medssl_cli.core.protocols import Batch, Objective, SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, Stateful, restore
@@ -87,8 +84,6 @@ class Trainer:
         checkpoint_every: Steps between checkpoints; 0 saves at the end only.
         telemetry: Log; None writes nothing.
         on_checkpoint: Called with the step after each checkpoint, e.g. to evaluate the teacher.
-        cases_at: Step -> case ids of its batch, to name them when a loader worker dies.
-        loader_timeout_s: The loader's own time-out, for messages.
     """
 
     objective: TrainableObjective
@@ -106,8 +101,6 @@ class Trainer:
     checkpoint_every: int = 0
     telemetry: Telemetry | None = None
     on_checkpoint: Callable[[int], None] | None = None
-    cases_at: Callable[[int], Sequence[str]] | None = None
-    loader_timeout_s: float = 180.0
     steps_done: int = field(default=0, init=False)
     _telemetry_state: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -130,7 +123,7 @@ class Trainer:
         if self.telemetry is not None:
             self.telemetry.start(self.steps_done, self._telemetry_state)
         try:
-            with StopSignal() as stop, self._say_faults():
+            with StopSignal() as stop, self._say_out_of_memory():
                 if self.steps_done and self._is_due() and self.on_checkpoint is not None:
                     self.on_checkpoint(self.steps_done)  # a kill may have come between the save and this call
                 return self._loop(self.total_steps, stop)
@@ -142,7 +135,7 @@ class Trainer:
         """Run ``steps`` updates for their speed and memory; writes nothing and leaves the parameters changed."""
         quiet = replace(self, checkpoints=None, telemetry=None, on_checkpoint=None)
         quiet.steps_done = self.steps_done
-        with self._say_faults():
+        with self._say_out_of_memory():
             return quiet._loop(self.steps_done + steps, None)
 
     def step(self, source: Iterator[SliceBatch]) -> StepRecord:
@@ -177,10 +170,7 @@ class Trainer:
     # --- inside a step ---
 
     def _fetch(self, source: Iterator[SliceBatch]) -> SliceBatch:
-        try:
-            slices = next(source, None)
-        except (RuntimeError, MedsslError) as error:
-            raise self._loader_fault(error) or error from error
+        slices = next(source, None)
         if slices is None:
             raise ValueError(f"the batches ended in step {self.steps_done + 1} of {self.total_steps}")
         return slices
@@ -286,8 +276,8 @@ class Trainer:
         return "last good checkpoint: " + ("none was saved yet" if path is None else str(path))
 
     @contextmanager
-    def _say_faults(self) -> Iterator[None]:
-        """Name what the loader or the device ran out of."""
+    def _say_out_of_memory(self) -> Iterator[None]:
+        """Say in three lines that the device ran out of memory."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -297,19 +287,6 @@ class Trainer:
                 fix="halve train.batch_size_per_gpu (and accumulate), take a smaller backbone, or precision bf16",
                 code="out_of_memory",
             ) from error
-        except (RuntimeError, MedsslError) as error:
-            fault = self._loader_fault(error)
-            if fault is None:
-                raise
-            raise fault from error
-
-    def _loader_fault(self, error: Exception) -> MedsslError | None:
-        fault = loader_fault(error, self.steps_done + 1, self.loader_timeout_s)
-        if fault is not None and fault.code == "loader_stuck":
-            _kill_workers()
-        if isinstance(fault, ResourceError) and self.cases_at is not None:
-            fault.where += f"\ncases of this step: {', '.join(self.cases_at(self.steps_done))}"
-        return fault
 
 
 # --- non-finite values -----------------------------------------------------------------------------------------------
@@ -448,85 +425,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         log.info("%s: saving after this step.", self.received)
-
-
-def obey_signals_in_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of a loader: signals to the whole process group must not disturb an update.
-
-    A worker that dies of a signal makes PyTorch raise in the middle of whatever the main process is doing. So SIGINT
-    and SIGUSR1 are left to the main process, and SIGTERM ends the worker with status 0, which is noticed only when the
-    next batch is asked for.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-# --- loader ----------------------------------------------------------------------------------------------------------
-
-
-def _kill_workers() -> None:
-    """End the worker processes at once: one that hangs in foreign code hears no SIGTERM, and Python would wait for it.
-
-    PyTorch's own watch over dead children is suspended meanwhile, because it would raise here.
-    """
-    watching = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watching else None
-    try:
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
-                child.join(timeout=5)
-    finally:
-        if watching:
-            signal.signal(signal.SIGCHLD, watch)
-
-
-_REMEDIES = {
-    "timed out": "look at the disk that holds the data, and at these cases; raise train.loader_timeout_s if it is slow",
-    "out of shared memory": "give the container more shared memory (--shm-size), or use fewer workers",
-    "killed": "use fewer workers: the system stops processes when memory runs out",
-    "exited": "run with train.num_workers=0 to see the worker's own error",
-}
-
-
-def loader_fault(error: Exception, step: int, timeout_s: float = 180.0) -> MedsslError | None:
-    """What a fault of PyTorch's DataLoader means, or None if it is none.
-
-    Args:
-        error: As raised by the loader or, for a dead worker, anywhere in the main process.
-        step: The step being prepared.
-        timeout_s: The loader's time-out.
-
-    Returns:
-        ResourceError for a dead or stuck worker; a worker's own MedsslError in its original three lines.
-    """
-    if isinstance(error, MedsslError):
-        return _original_error(error) if error.what.startswith("Caught ") else None
-    text = f"{error} {error.__cause__ or ''}"  # the cause tells of which signal a worker died
-    if not text.startswith("DataLoader ") and "DataLoader worker (pid" not in text:
-        return None
-    remedy = next((fix for words, fix in _REMEDIES.items() if words in text), _REMEDIES["exited"])
-    stuck = "timed out" in text
-    return ResourceError(
-        f"The loader gave nothing for {timeout_s:g} s." if stuck else "A loader worker died.",
-        where=f"step {step}: {str(error).splitlines()[0]}",
-        fix=f"{remedy}; then run the same command again",
-        code="loader_stuck" if stuck else "loader_worker_died",
-    )
-
-
-def _original_error(error: MedsslError) -> MedsslError:
-    """The loader re-raises a worker's error with its traceback as the only text; this finds the three lines again."""
-    lines = re.compile(
-        r"error: (?P<what>.*?)(?:\n  where: (?P<where>.*?))?(?:\n  fix:   (?P<fix>.*?))?\s*\Z", re.DOTALL
-    )
-    found = lines.search(error.what[error.what.rfind("error: ") :])
-    if found is None:
-        return error
-    parts = {key: (value or "").replace("\n         ", "\n") for key, value in found.groupdict().items()}
-    return type(error)(parts["what"], where=parts["where"], fix=parts["fix"], code=error.code)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class VisionTransformer(nn.Module):
         interpolate_offset: Added to the target grid before the scale factor is taken (historic DINOv2: 0.1); 0 asks
             for the exact size. None: 0.1 without registers, 0 with them, as the public weights were trained.
         interpolate_antialias: Low-pass filter when the grid shrinks. None: with registers only.
-        drop_path_rate: Stochastic depth while training, the same for all blocks or rising linearly from 0.
+        drop_path_rate: Stochastic depth while training, the same for all blocks or rising linearly from 0. Drawn from
+            torch's global generator of the CPU, which the trainer seeds anew for every micro-batch.
         layerscale: Start of the layer scale; 0 leaves it out.
         block_chunks: Above 0 the blocks are kept in that many chunks, named ``blocks.<chunk>.<i>``.
         grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
@@ -114,8 +115,6 @@ class VisionTransformer(nn.Module):
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.grad_checkpointing = grad_checkpointing
         self.drop_rates = [drop_path_rate * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
-        self.drop_generator: torch.Generator | None = None
-        """Source of the draws of stochastic depth; torch's own on the CPU if None."""
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         rows, columns = self.patch_embed.grid(img_size, img_size)
@@ -241,9 +240,7 @@ class VisionTransformer(nn.Module):
         """The tokens after each block."""
         drops: list[tuple[Drop, Drop]] = [(None, None)] * len(self.drop_rates)
         if self.training and any(self.drop_rates):
-            drops = draw_drops(
-                self.drop_rates, groups, packed=packed, device=x_TD.device, generator=self.drop_generator
-            )
+            drops = draw_drops(self.drop_rates, groups, packed=packed, device=x_TD.device)
         for block, drop in zip(self.flat_blocks(), drops, strict=True):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 # the draws are inputs, so nothing random happens inside and no generator state needs saving

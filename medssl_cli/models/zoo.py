@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medssl_cli.core.config import Config
+from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import SCHEMA_VERSION, atomic_path, package_version, say_disk_errors, write_json
 from medssl_cli.models.layers import nearest_legal_sizes
@@ -481,7 +481,7 @@ def save_backbone(path: str | Path, model: VisionTransformer, card: Mapping[str,
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     with atomic_path(path) as temporary, say_disk_errors(path, size):
         save_file(state, temporary, metadata={"format": "pt"})
-        digest = sha256_of(temporary)
+        digest = file_digest(temporary)
     own = {
         "schema_version": SCHEMA_VERSION,
         "medssl_version": package_version(),
@@ -540,7 +540,7 @@ def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> tuple
     path = Path(path)
     card = read_card(path)
     state = read_weights(path)
-    digest = sha256_of(path)
+    digest = file_digest(path)
     if digest != card.get("sha256"):
         raise CheckpointError(
             "The weights are not the ones that the card describes.",
@@ -552,15 +552,6 @@ def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> tuple
     _check_complete(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).to(device).eval(), card
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _empty_backbone(settings: Mapping[str, Any], card: Path) -> VisionTransformer:

@@ -46,10 +46,13 @@ class IbotConfig(HeadConfig):
         """The mode in force, after `mask_per_channel`."""
         return self.mask_mode or ("full_sequence" if self.mask_per_channel else "shared")
 
-    @property
-    def masked_crops_share(self) -> float:
-        """Share of the global crops that hold at least one masked token."""
-        return 1.0 if self.masking == "full_sequence" else self.mask_sample_probability
+    def masked_crops_share(self, n_sequences: int) -> float:
+        """Share of the global crops that hold at least one masked token, for cases with ``n_sequences`` sequences.
+
+        Of a single one nothing is hidden whole, so ``full_sequence`` is ``shared`` there.
+        """
+        whole = self.masking == "full_sequence" and n_sequences > 1
+        return 1.0 if whole else self.mask_sample_probability
 
 
 def head_warning(dino: DinoConfig, ibot: IbotConfig) -> str | None:

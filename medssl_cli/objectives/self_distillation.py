@@ -227,7 +227,7 @@ class SelfDistillation(nn.Module):
 
 
 def expected_first_loss(
-    dino: DinoConfig, ibot: IbotConfig, local_crops_number: int, batch_size: int = 2
+    dino: DinoConfig, ibot: IbotConfig, local_crops_number: int, batch_size: int = 2, *, n_sequences: int
 ) -> dict[str, float]:
     """What each weighted term should be about at the first step, before anything is learned.
 
@@ -245,6 +245,7 @@ def expected_first_loss(
         ibot: Weight, prototypes and how many crops are masked.
         local_crops_number: n.
         batch_size: Samples in one process; KoLeo needs two.
+        n_sequences: Of a case; 1 for plain pictures.
 
     Returns:
         The terms that ``SelfDistillation.losses`` returns with the same settings.
@@ -257,7 +258,7 @@ def expected_first_loss(
         terms["dino_global_crops_loss"] = each
     if ibot.loss_weight:
         prototypes = (ibot if ibot.separate_head else dino).head_n_prototypes
-        terms["ibot_loss"] = ibot.loss_weight * ibot.masked_crops_share * math.log(prototypes)
+        terms["ibot_loss"] = ibot.loss_weight * ibot.masked_crops_share(n_sequences) * math.log(prototypes)
     if dino.koleo_loss_weight:
         terms["koleo_loss"] = dino.koleo_loss_weight * 2 * 10.0 * (batch_size > 1)
     return terms

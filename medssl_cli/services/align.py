@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from medssl_cli.core.errors import ConfigError, DataError, MedsslError, PartialFailure
 from medssl_cli.core.run import (
+    check_out_folder,
     claim_out_folder,
     contained,
     digest_of,
@@ -57,11 +58,12 @@ class AlignRequest:
 
 @dataclass(frozen=True)
 class AlignTask:
-    """One case: its files by stem, the reference among them or not."""
+    """One case: its files by stem, the reference among them or not; ``dry_run`` reads them and writes nothing."""
 
     case_id: str
     files: dict[str, Path]
     request: AlignRequest
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class AlignedCase:
 
 @dataclass
 class AlignResult:
-    """What became of every case."""
+    """What became of every case, or, with ``dry_run``, what would."""
 
     request: AlignRequest
     started: float
     n_cases: int = 0
+    dry_run: bool = False
     outputs: list[Aligned] = field(default_factory=list)
     failures: list[tuple[str, str, str, str]] = field(default_factory=list)
     stopped: bool = False
@@ -103,7 +106,8 @@ class AlignResult:
         if not self.failures:
             return None
         where = "\n".join(f"{case} {path}: {reason}" for case, path, reason, _ in self.failures[:5])
-        fix = f"{self.failures[0][3]}; all are listed in {hide_home(str(self.request.out / 'failures.csv'))}"
+        listed = f"all are listed in {hide_home(str(self.request.out / 'failures.csv'))}"
+        fix = f"{self.failures[0][3]}; {'nothing was replaced' if self.dry_run else listed}"
         what = f"{len(self.failures)} volumes could not be aligned"
         if self.stopped:
             fix = f"{fix}; --on-error skip goes on with the other cases"
@@ -148,30 +152,40 @@ def align_tree(request: AlignRequest, progress: Callable[[int, int], None] = lam
         ConfigError: An option or output folder that cannot be used.
         DataError: The tree is missing or holds no case.
     """
-    result = AlignResult(request, time.time())
+    started = time.time()
     tasks = _tasks(request)
-    result.n_cases = len(tasks)
-    claim_out_folder(request.out, COMMAND, overwrite=request.overwrite)
+    would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=[request.root])
     with terminate_as_interrupt(), locked(request.out, "output folder"):
-        with ordered_map(worker_count(request.workers)) as run:
-            for done, case in enumerate(run(align_case, tasks), start=1):
-                result.outputs += case.outputs
-                result.failures += [(case.case_id, *failure) for failure in case.failures]
-                for path, reason, _ in case.failures:
-                    logger.warning("refused: %s %s: %s", case.case_id, path, reason)
-                progress(done, len(tasks))
-                if case.failures and request.on_error == "stop":
-                    result.stopped = True
-                    break
+        if would_go:  # nothing goes before the tree is known to hold something to put in its place
+            planned = AlignResult(request, started, len(tasks), dry_run=True)
+            _align_all(planned, [replace(task, dry_run=True) for task in tasks], progress)
+            if planned.stopped or not planned.outputs:
+                return planned
+        claim_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=[request.root])
+        result = AlignResult(request, started, len(tasks))
+        _align_all(result, tasks, progress)
         _write_tables(result)
     return result
+
+
+def _align_all(result: AlignResult, tasks: list[AlignTask], progress: Callable[[int, int], None]) -> None:
+    with ordered_map(worker_count(result.request.workers)) as run:
+        for done, case in enumerate(run(align_case, tasks), start=1):
+            result.outputs += case.outputs
+            result.failures += [(case.case_id, *failure) for failure in case.failures]
+            for path, reason, _ in case.failures:
+                logger.warning("refused: %s %s: %s", case.case_id, path, reason)
+            progress(done, len(tasks))
+            if case.failures and result.request.on_error == "stop":
+                result.stopped = True
+                break
 
 
 def align_case(task: AlignTask) -> AlignedCase:
     """Align one case; a volume that fails is told, the others are written. A picklable task."""
     result = AlignedCase(task.case_id)
     folder = contained(task.request.out, task.case_id, "case id")
-    if folder.is_dir():
+    if folder.is_dir() and not task.dry_run:
         for leftover in folder.glob(".*.tmp*"):  # of a run that was killed; we hold the lock of the output folder
             leftover.unlink()
     source = task.files.get(task.request.reference)
@@ -217,6 +231,9 @@ def _align_one(task: AlignTask, stem: str, path: Path, source: Path, reference: 
         )
     volume = reference if path == source else read_volume(path)
     check_finite(path, volume.array)
+    if task.dry_run:
+        name = f"{task.case_id}/{target.name}"
+        return Aligned(task.case_id, stem, name, "planned", reference.shape[0], reference.spacing)
     transform, metric = register_affine(_first(volume), reference) if does_register else (None, None)
     moved = resample_to(volume, reference, nearest=is_label(stem), transform=transform)
     information = None if metric is None else round(-metric, 6)

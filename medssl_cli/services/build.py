@@ -11,6 +11,7 @@ from torch import nn
 
 from medssl_cli.data.views import MultiCrop
 from medssl_cli.engine.optim import build_adamw, parameter_groups
+from medssl_cli.engine.precision import AUTOCAST_DTYPES
 from medssl_cli.engine.schedules import Schedules, effective_lr
 from medssl_cli.models.attention import choose_backend, set_backend
 from medssl_cli.models.heads import DINOHead
@@ -20,8 +21,6 @@ from medssl_cli.objectives.self_distillation import SelfDistillation
 from medssl_cli.services.pretrain_config import PretrainConfig
 
 log = logging.getLogger(__name__)
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_objective(

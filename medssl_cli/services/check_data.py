@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
 from medssl_cli.core.run import (
+    check_out_folder,
     claim_out_folder,
     hide_home,
+    locked,
     result_header,
     to_json,
     worker_count,
@@ -69,6 +72,7 @@ from medssl_cli.services.worker_pool import ordered_map
 
 log = logging.getLogger(__name__)
 
+COMMAND = "check-data"
 TASKS = ("pretrain", "images", "classify")
 LATER_TASKS = ("segment", "ct-pet", "coco")
 SEVERITIES = ("error", "warning", "info")
@@ -191,7 +195,7 @@ def check_data(
         progress: Called with (done, all).
 
     Raises:
-        ConfigError: A task that is not built, or options that do not fit it.
+        ConfigError: A task that is not built, options that do not fit it, or an output folder that cannot be used.
         DataError: Nothing to check, unreadable tables, unknown ids.
     """
     started = time.time()
@@ -209,12 +213,53 @@ def check_data(
             fix="run once for each split",
             code="fix_csv_many",
         )
-    if out is not None:
-        claim_out_folder(out, "check-data", overwrite=overwrite)
     rules = CaseRules(sequences, roi, min_roi_pixels, missing_allowed)
     jobs, findings = _plan(source, kind, rules, splits)
     findings += _label_findings(source, kind, task, labels, target, jobs)
-    page = _Gallery()
+    page = _Gallery() if out is not None else None
+    with _folder_for_results(out, overwrite, _inputs(source, splits, labels, jobs)) as claim:
+        kept = _look_at_all(jobs, workers, page, progress, findings)
+        shown = [replace(f, path=hide_home(f.path), message=hide_home(f.message)) for f in kept]
+        report = _report(started, source, task, sequences if kind == "cases" else (), splits, jobs, shown)
+        result = CheckResult(report, shown, out, on_error)
+        claim()
+        if fix_csv is not None:
+            _write_fixed(fix_csv, source, kind, split_csv, jobs, shown)
+        if out is not None and page is not None:
+            write_json(out / "check_data.json", report)
+            errors = [(f.case_id, f.path, f.message, f.fix) for f in shown if f.severity == "error"]
+            write_failures(out / "failures.csv", errors)
+            page.write(out / "check_data.html", result)
+    return result
+
+
+@contextlib.contextmanager
+def _folder_for_results(out: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
+    """Hold ``out``, if any, and give what makes it ready: only that deletes what lay in it."""
+    if out is None:
+        yield lambda: None
+        return
+    check_out_folder(out, COMMAND, overwrite=overwrite, inputs=inputs)
+    with locked(out, "output folder"):
+        yield lambda: claim_out_folder(out, COMMAND, overwrite=overwrite, inputs=inputs)
+
+
+def _inputs(
+    source: Path, splits: Mapping[str, tuple[Path, Ids]], labels: Path | None, jobs: Sequence[Job]
+) -> list[Path]:
+    """All that is read: the source, tables, and the files that they name."""
+    tables = [*(path for path, _ in splits.values()), *([] if labels is None else [labels])]
+    return [source, *tables, *(entry.path for job in jobs for entry in job.case.sequences.values())]
+
+
+def _look_at_all(
+    jobs: Sequence[Job],
+    workers: int | None,
+    page: _Gallery | None,
+    progress: Progress | None,
+    findings: Sequence[Finding],
+) -> list[Finding]:
+    """Findings of each case, then ``findings`` and those that only all cases together show."""
     cases, kept, channels = [], [], {}
     with ordered_map(worker_count(workers) if len(jobs) > _SMALL else 1) as ordered:
         for done, looked in enumerate(ordered(look, jobs), start=1):
@@ -222,23 +267,11 @@ def check_data(
             cases.append((looked.case, looked.digests))
             if looked.channels is not None:
                 channels[looked.case.case_id] = looked.channels
-            if out is not None:
+            if page is not None:
                 page.add(looked)
             if progress is not None:
                 progress(done, len(jobs))
-    kept += [*findings, *check_channels(channels), *check_duplicates(cases)]
-    shown = [replace(f, path=hide_home(f.path), message=hide_home(f.message)) for f in kept]
-    report = _report(started, source, task, sequences if kind == "cases" else (), splits, jobs, shown)
-    result = CheckResult(report, shown, out, on_error)
-    if fix_csv is not None:
-        _write_fixed(fix_csv, source, kind, split_csv, jobs, shown)
-    if out is not None:
-        write_json(out / "check_data.json", report)
-        write_failures(
-            out / "failures.csv", [(f.case_id, f.path, f.message, f.fix) for f in shown if f.severity == "error"]
-        )
-        page.write(out / "check_data.html", result)
-    return result
+    return [*kept, *findings, *check_channels(channels), *check_duplicates(cases)]
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

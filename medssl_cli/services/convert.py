@@ -14,13 +14,14 @@ import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.errors import ConfigError, DataError, MedsslError, PartialFailure
 from medssl_cli.core.run import (
+    check_out_folder,
     claim_out_folder,
     hide_home,
     locked,
@@ -169,14 +170,25 @@ def convert_dicom(
         if request.dry_run:
             pseudonyms = planned_pseudonyms(request.out) if request.anonymize else None
             return _run(request, rules, version, pseudonyms, workers, started, progress)
-        claim_out_folder(request.out, COMMAND, overwrite=request.overwrite)
+        inputs = _inputs(request)
+        would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
         with locked(request.out, "output folder"):
+            if would_go:  # nothing goes before the source is known to hold something to put in its place
+                planned = _run(replace(request, dry_run=True), rules, version, None, workers, started, progress)
+                if planned.stopped or not planned.outputs:
+                    return planned
+            claim_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
             shutil.rmtree(request.out / ".work", ignore_errors=True)
             pseudonyms = open_pseudonyms(request.out) if request.anonymize else None
             try:
                 return _run(request, rules, version, pseudonyms, workers, started, progress)
             finally:
                 shutil.rmtree(request.out / ".work", ignore_errors=True)
+
+
+def _inputs(request: ConvertRequest) -> list[Path]:
+    mapping = [] if request.mapping is None else [Path(request.mapping)]
+    return [request.source, *(path for path in mapping if path.exists())]
 
 
 def _run(

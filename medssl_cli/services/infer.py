@@ -13,6 +13,7 @@ from typing import Any, Literal
 from medssl_cli.core.config import load_config
 from medssl_cli.core.errors import ConfigError, DataError, MedsslError, PartialFailure
 from medssl_cli.core.run import (
+    check_out_folder,
     claim_out_folder,
     hide_home,
     locked,

@@ -11,7 +11,7 @@ from typing import Any
 
 from medssl_cli.core.errors import CheckpointError
 from medssl_cli.core.run import hide_home, result_header, to_json
-from medssl_cli.services.lookup import find_model, run_status
+from medssl_cli.services.lookup import EXPORT, find_model, run_status
 
 MAX_HEADER_BYTES = 100_000_000
 """Upper bound of a safetensors header, the format's own."""
@@ -77,7 +77,7 @@ def _describe_run(run: Path) -> dict[str, Any]:
         if key in record
     }
     facts["checkpoints"] = steps
-    export = run / "export" / "teacher_backbone.safetensors"
+    export = run / EXPORT
     if export.is_file():
         facts["export"] = _describe_weights(export)
     return facts

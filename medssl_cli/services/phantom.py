@@ -12,6 +12,7 @@ from typing import Any
 
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.run import (
+    check_out_folder,
     claim_out_folder,
     locked,
     publish_folder,
@@ -105,9 +106,11 @@ def make_phantom(
     started = time.time()
     write_case = _writer(task)
     _check_numbers(cases, seed, size)
-    claim_out_folder(out, f"phantom {task} --cases {cases} --seed {seed} --size {size}", overwrite=overwrite)
+    command = f"phantom {task} --cases {cases} --seed {seed} --size {size}"
+    check_out_folder(out, command, overwrite=overwrite)
     planned = plan_cases(cases, seed)
     with locked(out, "phantom"):
+        claim_out_folder(out, command, overwrite=overwrite)
         for leftover in out.glob(".tmp-*"):
             shutil.rmtree(leftover)
         rows = []

@@ -227,48 +227,47 @@ def _train(
             return _finished_before(run, folder, data, started)
     folder.begin(clear=() if request.resume else LEFT_BY_A_RUN)
     folder.facts = _facts(request, run, data, started)
-    fit = _fit(request, run, folder, data, checkpoint)
-    export = _export(run, request.recipe, folder)
-    folder.say("finished", step=fit.steps, **_timing(fit, started))
+    with folder.telling_the_end(lambda: {"step": run.trainer.steps_done}):
+        _open(request, run, folder, data, checkpoint)
+        with stoppable("training"):  # the trainer has its own handlers; this is for its first and last moments
+            fit = run.trainer.fit()
+        with stoppable("exporting"):
+            export = _export(run, request.recipe, folder)
+            folder.say("finished", step=fit.steps, **_timing(fit, started))
     return _finished(run, fit, folder, export, data, started)
 
 
-def _fit(
+def _open(
     request: PretrainRequest,
     run: PretrainRun,
     folder: RunFolder,
     data: TrainingData,
     checkpoint: Checkpoint | None,
-) -> FitResult:
-    """Train, with ``run.json`` telling at any time how it stands."""
+) -> None:
+    """Write what stands in the folder from the first step on, and let the trainer log and tell into it."""
     out = folder.path
 
-    def state() -> dict[str, Any]:
-        return {"step": run.trainer.steps_done}
-
     def after_checkpoint(step: int) -> None:
-        folder.say("running", **state())
+        folder.say("running", step=step)
         rows = read_metrics(out / "training_metrics.jsonl")
         draw_progress(rows, out / "progress.png", f"{request.recipe}, step {step}")
 
-    with folder.telling_the_end(state):
-        write_text(out / "config.yaml", dump_config(run.config))
-        write_failures(out / "failures.csv", _failures(data, run.store))
-        if checkpoint is not None:
-            log.info("Resuming after step %d from %s", checkpoint.step, checkpoint.path)
-        for line in run.introduction():
-            log.info("%s", line)
-        folder.say("running", **state())
-        run.trainer.telemetry = Telemetry(
-            out,
-            run.total_steps,
-            run.device,
-            log_every=run.config.train.log_period_iterations,
-            console=log,
-            tensorboard=run.config.train.tensorboard,
-        )
-        run.trainer.on_checkpoint = after_checkpoint
-        return run.trainer.fit()
+    write_text(out / "config.yaml", dump_config(run.config))
+    write_failures(out / "failures.csv", _failures(data, run.store))
+    if checkpoint is not None:
+        log.info("Resuming after step %d from %s", checkpoint.step, checkpoint.path)
+    for line in run.introduction():
+        log.info("%s", line)
+    folder.say("running", step=run.trainer.steps_done)
+    run.trainer.telemetry = Telemetry(
+        out,
+        run.total_steps,
+        run.device,
+        log_every=run.config.train.log_period_iterations,
+        console=log,
+        tensorboard=run.config.train.tensorboard,
+    )
+    run.trainer.on_checkpoint = after_checkpoint
 
 
 def _prepare(config: PretrainConfig, data: TrainingData, request: PretrainRequest, progress: Progress | None) -> Store:

@@ -120,11 +120,16 @@ class PretrainConfig(Config):
         return config
 
     @model_validator(mode="after")
-    def _join_shares(self) -> PretrainConfig:
-        share = self.train.percentage_labels
-        if share is None or share == self.data.percentage_labels:
-            return self
-        return self.model_copy(update={"data": self.data.model_copy(update={"percentage_labels": share})})
+    def _complete_data(self) -> PretrainConfig:
+        """Settings of `data` that other sections decide."""
+        update: dict[str, Any] = {}
+        if self.train.percentage_labels is not None:
+            update["percentage_labels"] = self.train.percentage_labels
+        if self.data.append_label_mask is None:
+            update["append_label_mask"] = self.crops.crop_from_tumor_foreground
+        # in place, while it is being made: pydantic ignores another instance that a validator returns to a constructor
+        self.__dict__["data"] = self.data.model_copy(update=update)
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> PretrainConfig:
@@ -145,6 +150,11 @@ class PretrainConfig(Config):
         if not self.teacher.init_with_student_weights:
             found.append(
                 "No effect: teacher.init_with_student_weights: the teacher always starts as a copy of the student."
+            )
+        if self.crops.crop_from_tumor_foreground and not self.data.append_label_mask:
+            found.append(
+                "data.append_label_mask is false, so crops.crop_from_tumor_foreground sees no region of interest: "
+                "every crop is centred on the middle of its slice."
             )
         if self.position_side != self.train.img_size:
             found.append(

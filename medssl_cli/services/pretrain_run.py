@@ -70,12 +70,14 @@ class PretrainRun:
             f"attention {self.attention}, {self.workers} loader workers",
             f"{self.total_steps} steps of {config.samples_per_step()} samples, {self.epoch_steps} an epoch; "
             f"effective learning rate {self.schedules.lr:.3g} (base_lr {optim.base_lr:g}{rule})",
-            f"{self._tokens()}; {_expectation(config)}",
+            f"{self._tokens()}; {_expectation(config, self._images())}",
         ]
 
+    def _images(self) -> int:
+        return 1 if self.sequences is None else len(self.sequences)
+
     def _tokens(self) -> str:
-        student, crops = self.config.student, self.config.crops
-        images = 1 if self.sequences is None else len(self.sequences)
+        student, crops, images = self.config.student, self.config.crops, self._images()
 
         def count(side: int) -> int:
             return 1 + student.num_register_tokens + images * (side // student.patch_size) ** 2
@@ -183,13 +185,16 @@ def _build_trainer(
         clip_grad=config.optim.clip_grad,
         seed=seed,
         checkpoint_every=train.checkpoint_period_iterations or train.saveckp_freq * schedules.epoch_steps,
-        loader_timeout_s=train.loader_timeout_s,
     )
 
 
-def _expectation(config: PretrainConfig) -> str:
+def _expectation(config: PretrainConfig, n_sequences: int) -> str:
     expected = expected_first_loss(
-        config.dino, config.ibot, config.crops.local_crops_number, config.train.batch_size_per_gpu
+        config.dino,
+        config.ibot,
+        config.crops.local_crops_number,
+        config.train.batch_size_per_gpu,
+        n_sequences=n_sequences,
     )
     terms = ", ".join(f"{name.removesuffix('_loss')} {value:.1f}" for name, value in expected.items())
     return f"expected first loss about {sum(expected.values()):.1f} ({terms})"

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from medssl_cli.core.errors import Interrupted, MedsslError, ResourceError
-from medssl_cli.core.run import claim_out_folder, hide_home, locked, write_json
+from medssl_cli.core.run import check_out_folder, claim_out_folder, hide_home, locked, write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,34 +66,35 @@ class RunFolder:
         command: Its owner, e.g. ``pretrain``.
         lines: Log of this call so far, which flows into ``log.txt`` once the run begins.
         overwrite: Replace a folder that holds something else, once the run begins.
+        inputs: What the run reads, which is never replaced.
 
     Raises:
-        ConfigError: The folder holds something else, or another process works on it.
+        ConfigError: The folder holds something else or an input, or another process works on it.
     """
 
-    def __init__(self, path: Path, command: str, lines: HeldLog, *, overwrite: bool = False) -> None:
-        self.path, self.command, self.overwrite = path, command, overwrite
+    def __init__(
+        self, path: Path, command: str, lines: HeldLog, *, overwrite: bool = False, inputs: Sequence[Path] = ()
+    ) -> None:
+        self.path, self.command, self.overwrite, self.inputs = path, command, overwrite, tuple(inputs)
         self.facts: dict[str, Any] = {}
         self._lock = contextlib.ExitStack()
         self._log = lines
 
     def __enter__(self) -> RunFolder:
-        if not self.overwrite:
-            claim_out_folder(self.path, self.command)
+        check_out_folder(self.path, self.command, overwrite=self.overwrite, inputs=self.inputs)
         self._lock.enter_context(locked(self.path, "run folder"))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, MedsslError):
-            self._log.note(str(error))
+        if isinstance(error, (MedsslError, KeyboardInterrupt)):
+            self._log.note(str(error) or type(error).__name__)
         self._lock.close()
 
     def begin(self, *, clear: Sequence[str] = ()) -> None:
         """Take the folder over: remove what it may replace and ``clear``, and let the log flow into ``log.txt``."""
-        if self.overwrite:
-            claim_out_folder(self.path, self.command, overwrite=True)
+        claim_out_folder(self.path, self.command, overwrite=self.overwrite, inputs=self.inputs)
         for name in clear:
             place = self.path / name
             shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
@@ -115,6 +116,8 @@ class RunFolder:
         except BaseException as error:
             status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
             reason = error.what if isinstance(error, MedsslError) else type(error).__name__
+            if isinstance(error, KeyboardInterrupt) and str(error):  # of ``stoppable``, which tells of the signal
+                reason = str(error)
             try:
                 self.say(status, reason=reason, **state())
             except ResourceError as second:  # the disk is full: the first error says so with the bytes it needs
@@ -140,23 +143,33 @@ def without_home(data: Any) -> Any:
 
 @contextlib.contextmanager
 def stoppable(what: str) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the block as ``Interrupted``: nothing is trained yet, and what is prepared stays.
+    """SIGTERM and SIGUSR1 end the block as ``Interrupted``; what is finished stays, nothing else has to be saved.
 
-    The training loop has its own handlers, which save first. Outside the main thread this does nothing.
+    The signal is raised as KeyboardInterrupt and becomes an Interrupted at the edge of the block: readers that take
+    every ``Exception`` for a damaged file must not take the signal for one. The training loop has its own handlers,
+    which save first. Outside the main thread this does nothing.
+
+    Args:
+        what: What the block is at, for the message: "SIGTERM came while preparing".
+
+    Raises:
+        Interrupted: A signal came.
     """
     before: dict[int, Any] = {}
+    told: list[str] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(
-            f"{signal.Signals(number).name} came while {what}; finished parts are whole.",
-            fix="run the same command again",
-            code="interrupted",
-        )
+        told.append(f"{signal.Signals(number).name} came while {what}; finished parts are whole.")
+        raise KeyboardInterrupt(told[0])
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except KeyboardInterrupt as error:
+        if not told:  # Ctrl-C
+            raise
+        raise Interrupted(told[0], fix="run the same command again", code="interrupted") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.errors import ConfigError, DataError
-from medssl_cli.core.run import claim_out_folder, hide_home, result_header, to_json, write_csv, write_json, write_text
+from medssl_cli.core.run import (
+    check_out_folder,
+    claim_out_folder,
+    hide_home,
+    locked,
+    result_header,
+    to_json,
+    write_csv,
+    write_json,
+    write_text,
+)
 from medssl_cli.data.manifest import (
     Owner,
     Table,
@@ -117,7 +127,7 @@ def split(
         overwrite: Replace what lies in ``out``.
 
     Raises:
-        ConfigError: Contradicting options.
+        ConfigError: Contradicting options, or an output folder that cannot be used.
         DataError: Unreadable source, unknown columns, too few groups.
     """
     started = time.time()
@@ -132,19 +142,22 @@ def split(
     what = _read_source(source, group_by, group_pattern, stratify, labels)
     parts = split_items(what.items, ratios, seed)
     pairs = _folds(what, parts, folds, seed)
-    claim_out_folder(out, "split", overwrite=overwrite)
-    _write(out, what, parts, pairs)
-    report = {
-        **result_header("split", started),
-        "source": hide_home(str(source)),
-        **_facts(out, what, parts),
-        "ratios": list(ratios),
-        "seed": seed,
-        "stratify": stratify,
-        "folds": len(pairs),
-        "folds_cover": "train and val" if pairs else None,
-    }
-    write_json(out / "split_summary.json", report)
+    inputs = [source] if labels is None else [source, labels]
+    check_out_folder(out, "split", overwrite=overwrite, inputs=inputs)
+    with locked(out, "output folder"):
+        claim_out_folder(out, "split", overwrite=overwrite, inputs=inputs)
+        _write(out, what, parts, pairs)
+        report = {
+            **result_header("split", started),
+            "source": hide_home(str(source)),
+            **_facts(out, what, parts),
+            "ratios": list(ratios),
+            "seed": seed,
+            "stratify": stratify,
+            "folds": len(pairs),
+            "folds_cover": "train and val" if pairs else None,
+        }
+        write_json(out / "split_summary.json", report)
     return SplitResult(out, report)
 
 

@@ -68,6 +68,8 @@ def read_training_data(config: DataConfig) -> TrainingData:
     kind = _kind(config, root)
     unreadable: list[Failure] = []
     cases = _read(config, root, kind, unreadable)
+    if kind == "images" and config.split_csv is None:
+        cases = _of_split(config, root, cases)
     if kind == "volumes":
         cases = _with_sequences(config, root, cases, unreadable)
         cases = _in_place(config, cases, unreadable)
@@ -107,6 +109,37 @@ def _read(config: DataConfig, root: Path, kind: Kind, unreadable: list[Failure])
             unreadable.append((case_id, str(root / case_id), error.what, error.fix))
 
     return read_cases(root, config.mri_sequences, split_csv=split_csv, roi=config.roi, on_fault=on_fault)
+
+
+def _of_split(config: DataConfig, root: Path, cases: list[Case]) -> list[Case]:
+    """The pictures below the folder of ``data.split``, where the tree has folders train, val or test; else all.
+
+    Raises:
+        DataError: No picture lies there, or one image lies in two of the folders.
+    """
+    counts = Counter(case.split for case in cases)
+    if set(counts) == {""}:
+        return cases
+    wanted = config.split.lower()
+    chosen = [case for case in cases if case.split == wanted]
+    if not chosen:
+        raise DataError(
+            f"No picture is of the split {wanted}.",
+            where=f"{root}: {_say_counts(counts)}",
+            fix=f"set data.split to one of these, move pictures to {root / wanted}, or name them in data.split_csv",
+            code="split_empty",
+        )
+    refuse_copies({name: [case for case in cases if case.split == name] for name in counts if name})
+    del counts[wanted]
+    if counts:
+        log.warning("%d pictures of the split %s are used; left out: %s", len(chosen), wanted, _say_counts(counts))
+    return chosen
+
+
+def _say_counts(counts: Counter[str]) -> str:
+    return ", ".join(
+        f"{count} {f'of {name}' if name else 'in no split folder'}" for name, count in sorted(counts.items())
+    )
 
 
 # --- sequences -------------------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.measuring import Findings, Mark, Options, Parts, Rows, measure
 from benchmarks.recipe import build_trainer, crop_sizes, pretrain_config, tflop_per_sample
-from medssl_cli.engine.precision import Precision
+from medssl_cli.engine.precision import AUTOCAST_DTYPES, Precision
 from medssl_cli.engine.telemetry import peak_memory_gib
 from medssl_cli.models.attention import probe_backends, set_backend
-from medssl_cli.services.build import AUTOCAST_DTYPES
 from medssl_cli.services.pretrain_config import PretrainConfig
 
 STEP_MARKS = {  # (arch, precision, batch) -> samples/s on one H200, GiB

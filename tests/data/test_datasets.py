@@ -500,7 +500,8 @@ def test_an_error_of_a_sample_arrives_whole(workers: int) -> None:
 
 def test_a_damaged_store_names_the_case_through_a_worker(tmp_path: Path, cases: list[Case]) -> None:
     dataset = dataset_of(cases, tmp_path / "cache")
-    dataset.store.path_of(3).write_bytes(b"nothing")
+    store = dataset.store
+    store._file(int(store._table[3]["file"])).write_bytes(b"nothing")
     loader = build_loader(dataset, batch_size=5, seed=0, workers=1)
     with pytest.raises(DataError, match="damaged") as caught:
         next(loader)

@@ -27,6 +27,35 @@ def test_same_bytes_each_time(ball: Volume, tmp_path: Path) -> None:
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values", "written"),
+    [
+        ("<i8", [-(2**31), 0, 2**31 - 1], "int32"),
+        (">i8", [-5, 0, 7], "int32"),
+        ("<u8", [0, 1, 2**31 - 1], "int32"),
+        ("<i8", [0, 5, 2**31], "float64"),
+        ("<i8", [-(2**31) - 1, 5, 0], "float64"),
+        ("<i8", [0, 5, 2**40 + 5], "float64"),
+        ("<u8", [0, 5, 2**53 - 1], "float64"),
+        ("<i8", [-(2**53) + 1, 5, 0], "float64"),
+    ],
+)
+def test_wide_integers_keep_their_values(tmp_path: Path, dtype: str, values: list[int], written: str) -> None:
+    path = tmp_path / "a.nii.gz"
+    write_volume(path, Volume(np.array(values, dtype).reshape(1, 1, 3), np.eye(4)))
+    theirs = nib.load(path)
+    assert theirs.get_data_dtype() == np.dtype(written)
+    assert [int(value) for value in np.asanyarray(theirs.dataobj).ravel()] == values
+    assert [int(value) for value in read_volume(path).array.ravel()] == values
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("<i8", 2**53), ("<i8", -(2**63)), ("<u8", 2**64 - 1)])
+def test_integers_that_fit_nowhere_are_no_file(tmp_path: Path, dtype: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{value} "):
+        write_volume(tmp_path / "a.nii.gz", Volume(np.array([[[0, value]]], dtype), np.eye(4)))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("slope", "inter"), [(0.0, 0.0), (float("nan"), 0.0), (2.0, -3.0), (1.0, -1024.0)])
 @pytest.mark.parametrize("endian", ["<", ">"])
 def test_scaling_and_byte_order_agree_with_nibabel(tmp_path: Path, slope: float, inter: float, endian: str) -> None:

@@ -34,6 +34,11 @@ SEQUENCES = ("t2", "adc", "dwi")
 AFFINE = np.diag([0.5, 0.5, 3.0, 1.0])
 
 
+def file_of(store: Store, case: int) -> Path:
+    """The prepared file that holds a case."""
+    return store._file(int(store._table[case]["file"]))
+
+
 def volume_case(
     folder: Path,
     name: str,
@@ -190,7 +195,7 @@ def test_two_workers_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     two = build(cases, tmp_path / "two", workers=2, progress=lambda done, total: seen.append(done))
     assert seen == [0, 1, 2, 3, 4, 5, 5]
     for case in range(5):
-        assert one.path_of(case).read_bytes() == two.path_of(case).read_bytes()
+        assert file_of(one, case).read_bytes() == file_of(two, case).read_bytes()
     for name in ("table.bin", "facts.bin", "ids.bin", "files.bin"):
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
@@ -256,7 +261,7 @@ def test_a_case_id_may_stand_once(tmp_path: Path) -> None:
 def test_damaged_and_vanished_files_are_named_and_rebuilt(tmp_path: Path) -> None:
     cases = [volume_case(tmp_path, name) for name in "ab"]
     store = build(cases, tmp_path / "cache")
-    path = store.path_of(1)
+    path = file_of(store, 1)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError) as caught:
         store.read_slice(1, 0, 0)
@@ -323,7 +328,7 @@ def test_r16_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not leftover.exists()
     undisturbed = build(cases, tmp_path / "other")
     for case in range(4):
-        assert store.path_of(case).read_bytes() == undisturbed.path_of(case).read_bytes()
+        assert file_of(store, case).read_bytes() == file_of(undisturbed, case).read_bytes()
 
 
 def test_r17_two_builds_of_one_store_both_finish(tmp_path: Path) -> None:
@@ -456,7 +461,7 @@ def test_bad_pictures_are_left_out_or_stop_the_build(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     cases = picture_cases(tmp_path / "images", 3)
     store = pictures(cases, tmp_path / "cache")
-    path = store.path_of(0)
+    path = file_of(store, 0)
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(DataError) as caught:
         Store.open(store.folder).read_picture(2)

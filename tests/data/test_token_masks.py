@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from medssl_cli.data.token_masks import block_masks, draw_token_masks
+from medssl_cli.data.token_masks import block_masks, draw_token_masks, hidden_whole
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -117,8 +117,18 @@ def test_independent_masks_differ_between_sequences_of_one_ratio() -> None:
 
 def test_full_sequence_of_a_single_sequence_leaves_something_to_see() -> None:
     masks = draw_token_masks(10, 1, (4, 4), rng())
-    assert not masks.full_CS.any()
+    np.testing.assert_array_equal(masks.flat(), masks.blocks_CSN[:, 0])
     assert masks.flat().mean(1).max() <= 0.5
+
+
+def test_hidden_whole_takes_the_nth_sequence_that_is_there() -> None:
+    available = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1], [0, 1, 1], [0, 1, 0]], dtype=bool)
+    pick = np.array([0.0, 1 / 3, np.nextafter(1, 0), 0.49, 0.5, 0.0, 0.7])
+    expected = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(hidden_whole(pick, available), np.array(expected, dtype=bool))
+    every = np.ones((10, 10), dtype=bool) & (np.arange(10) <= np.arange(10)[:, None])
+    highest = hidden_whole(np.full(10, np.nextafter(1, 0)), every)
+    np.testing.assert_array_equal(highest, np.eye(10, dtype=bool) & (np.arange(10) > 0))
 
 
 def test_flat_is_sequence_major() -> None:

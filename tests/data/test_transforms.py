@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from scipy import ndimage
 from scipy.interpolate import make_interp_spline
 
 from medssl_cli.data import transforms
-from medssl_cli.data.transforms import AreaCrop, ColorJitter, HistogramShift, RandomConvolution, SideCrop, SplineCurve
+from medssl_cli.data.transforms import (
+    AreaCrop,
+    ColorJitter,
+    HistogramShift,
+    RandomConvolution,
+    SideCrop,
+    SplineCurve,
+    rank_pixels,
+)
 
 BOXES = [(3, 5, 40, 31), (0, 0, 60, 70), (20, 30, 7, 9), (59, 69, 1, 1), (10, 0, 32, 32)]
 
@@ -112,7 +121,7 @@ def test_area_boxes_are_distributed_as_random_resized_crops() -> None:
 def test_boxes_lie_inside_the_true_region(kind: type[AreaCrop | SideCrop], scale: tuple[float, float]) -> None:
     sizes = torch.tensor([[7, 90], [64, 64], [1, 1], [33, 5]])
     roi = images(4, 64, 90) > 0.9
-    boxes = kind(scale, (3 / 4, 4 / 3)).draw(200, sizes, roi, rng())
+    boxes = kind(scale, (3 / 4, 4 / 3)).draw(200, sizes, rank_pixels(roi), rng())
     limits = sizes.repeat(200, 1)
     assert boxes.dtype == torch.int64
     assert (boxes[:, :2] >= 0).all()
@@ -140,7 +149,7 @@ def test_t33_scale_is_a_share_of_the_side_with_a_region_of_interest() -> None:
 def test_roi_crops_are_centred_on_uniform_pixels_of_the_mask() -> None:
     roi = torch.zeros(2, 80, 80, dtype=torch.bool)
     roi[0, 40:44, 30:32] = True
-    boxes = SideCrop((0.25, 0.25), (1.0, 1.0)).draw(4000, torch.tensor([[80, 80], [80, 80]]), roi, rng())
+    boxes = SideCrop((0.25, 0.25), (1.0, 1.0)).draw(4000, torch.tensor([[80, 80], [80, 80]]), rank_pixels(roi), rng())
     centres = (boxes[:, :2] + boxes[:, 2:] // 2).view(4000, 2, 2)
     found, counts = torch.unique(centres[:, 0], dim=0, return_counts=True)
     assert {tuple(c) for c in found.tolist()} == {(y, x) for y in range(40, 44) for x in (30, 31)}
@@ -151,7 +160,7 @@ def test_roi_crops_are_centred_on_uniform_pixels_of_the_mask() -> None:
 def test_roi_crop_at_the_border_is_moved_not_cut() -> None:
     roi = torch.zeros(1, 80, 80, dtype=torch.bool)
     roi[0, 0, 79] = True
-    boxes = SideCrop((0.5, 0.5), (1.0, 1.0)).draw(1, torch.tensor([[80, 80]]), roi, rng())
+    boxes = SideCrop((0.5, 0.5), (1.0, 1.0)).draw(1, torch.tensor([[80, 80]]), rank_pixels(roi), rng())
     assert boxes.tolist() == [[0, 40, 40, 40]]
 
 
@@ -223,6 +232,28 @@ def test_rc_keeps_zeros_range_and_the_crops_it_is_not_for() -> None:
     assert 10 < untouched.sum() < 30
     assert torch.equal(result[untouched], crops[untouched])
     assert (result[~untouched] - crops[~untouched]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_rc_runs_no_net_for_the_crops_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    filtered, plain = [], transforms._filter
+
+    def counting(crops: torch.Tensor, *rest: Any) -> torch.Tensor:
+        filtered.append(len(crops))
+        return plain(crops, *rest)
+
+    monkeypatch.setattr(transforms, "_filter", counting)
+    crops = images(6, 2, 16, 16)
+    change = RandomConvolution(1.0, 32)
+    draws = change.draw(6, 2, rng())
+    every = change.apply(crops, draws, everything(crops))
+    draws.alpha_V[[0, 2, 3]] = 0
+    filtered.clear()
+    some = change.apply(crops, draws, everything(crops))
+    assert sum(filtered) == 3
+    assert torch.equal(some[[1, 4, 5]], every[[1, 4, 5]])
+    draws.alpha_V[:] = 0
+    assert torch.equal(change.apply(crops, draws, everything(crops)), crops)
+    assert sum(filtered) == 3
 
 
 def test_rc_shares_one_net_between_sequences_and_none_between_crops() -> None:

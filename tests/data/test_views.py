@@ -87,7 +87,7 @@ def test_t08_token_masks_lie_as_the_crops(monkeypatch: pytest.MonkeyPatch) -> No
     """Mask only sample 0 of view 2: row B and no other."""
     blocks = np.zeros((6, 3, 16), dtype=bool)
     blocks[3, :, 5] = True
-    masks = TokenMasks(blocks, np.zeros((6, 3), dtype=bool))
+    masks = TokenMasks(blocks)
     monkeypatch.setattr("medssl_cli.data.views.draw_token_masks", lambda *args, **kwargs: masks)
     views = MultiCrop(small(), 8, 3)(make_batch(), 0)
     assert views.token_mask_VN.nonzero().tolist() == [[3, 5], [3, 16 + 5], [3, 32 + 5]]
@@ -328,12 +328,24 @@ def test_the_only_sequence_of_a_case_is_never_hidden_whole() -> None:
     assert (hidden[~alone].sum(1) == 1).all()
 
 
+def test_t05_an_absent_sequence_is_never_the_one_that_is_hidden_whole() -> None:
+    """With two of three sequences each of the two is hidden in half of the crops, and every crop has a target."""
+    batch = make_batch(300)
+    batch.available_BS[:100, 0] = batch.available_BS[100:200, 1] = batch.available_BS[200:250, 2] = False
+    hidden = MultiCrop(small(), 4, 3, mask_sample_probability=0)(batch, 1).token_mask_VN.unflatten(1, (3, -1)).all(2)
+    available = batch.available_BS.repeat(2, 1)
+    assert (hidden.sum(1) == 1).all()
+    assert not (hidden & ~available).any()
+    share = [hidden[available.eq(torch.tensor(kind)).all(1)].float().mean(0) for kind in ([False, True, True],)]
+    assert share[0].tolist() == pytest.approx([0, 0.5, 0.5], abs=0.12)  # 200 crops: 3.4 standard deviations
+
+
 def test_mask_settings_reach_the_sampler() -> None:
-    crop = MultiCrop(
-        small(), 4, 3, mask_sample_probability=1.0, mask_ratio_min_max=(0.25, 0.25), mask_mode="shared", mask_exact=True
-    )
-    views = crop(make_batch(), 0)
-    assert (views.token_mask_VN.sum(1) == 3 * 16).all()
+    crop = MultiCrop(small(), 4, 3, mask_sample_probability=1.0, mask_ratio_min_max=(0.25, 0.25), mask_mode="shared")
+    masked = crop(make_batch(), 0).token_mask_VN.unflatten(1, (3, -1))
+    assert torch.equal(masked, masked[:, :1].expand(-1, 3, -1))
+    assert (masked.sum(2) <= 16).all()
+    assert (masked.sum(2) >= 13).all()
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

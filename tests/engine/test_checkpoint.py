@@ -1,7 +1,10 @@
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,9 +78,30 @@ def test_shared_and_strided_tensors_are_saved_apart(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in (("b", base), ("c", base[1:]), ("d", base.T)))
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 5, 1.0)
+def test_r02_a_whole_step_saved_again_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = save(tmp_path, 5, 1.0)
+    inode, before = first.stat().st_ino, {path.name: path.read_bytes() for path in first.iterdir()}
+    (tmp_path / "last").unlink()
+    moved: list[str] = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        moved.extend([Path(source).name, Path(target).name])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert save(tmp_path, 5, 2.0) == first
+    assert moved == [".tmp-last", "last"]
+    assert first.stat().st_ino == inode
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert steps_of(tmp_path) == ["last", "step_0000005"]
+
+
+def test_a_damaged_step_saved_again_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flip_byte(save(tmp_path, 5, 1.0) / OPTIMIZER)
     save(tmp_path, 5, 2.0)
+    assert "step_0000005 is written anew" in caplog.text
+    assert "SHA-256 differs" in caplog.text
     assert steps_of(tmp_path) == ["last", "step_0000005"]
     assert read(tmp_path / "last").model()["centre"] == 2.0
 
@@ -170,7 +194,10 @@ def test_no_pickle_is_ever_read(tmp_path: Path) -> None:
 
     torch.save({"w": Bomb()}, path / MODEL)
     state = json.loads((path / STATE).read_text())
-    state["files"][MODEL] |= {"bytes": (path / MODEL).stat().st_size, "sha256": module._sha256(path / MODEL)}
+    state["files"][MODEL] |= {
+        "bytes": (path / MODEL).stat().st_size,
+        "sha256": hashlib.sha256((path / MODEL).read_bytes()).hexdigest(),
+    }
     (path / STATE).write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match="damaged"):
         read(path).model()
@@ -258,6 +285,8 @@ def test_t15_reordered_sequences_are_refused(tmp_path: Path) -> None:
 
 # --- R07 -------------------------------------------------------------------------------------------------------------
 
+SAFE, GROWING = {"num_workers", "train.output_dir"}, {"optim.epochs"}
+
 OLD = {
     "optim": {"base_lr": 1e-3, "epochs": 10},
     "student": {"arch": "vit_base"},
@@ -274,6 +303,10 @@ def changed(**dotted: object) -> dict[str, dict[str, object]]:
     return new
 
 
+def compare(old: dict[str, Any], new: dict[str, Any], **more: Any) -> list[str]:
+    return compare_configs(old, new, safe=SAFE, growing=GROWING, **more)
+
+
 def test_r07_drift_is_refused_listing_every_key_with_both_values() -> None:
     new = changed(
         optim__base_lr=2e-3, student__arch="vit_small", data__sequences=["adc", "t2"], data__split_csv="b.csv",
@@ -281,7 +314,7 @@ def test_r07_drift_is_refused_listing_every_key_with_both_values() -> None:
     )  # fmt: skip
     new["train"]["added"] = 1
     with pytest.raises(ConfigError) as caught:
-        compare_configs(OLD, new)
+        compare(OLD, new)
     assert caught.value.exit_code == 2
     assert caught.value.where.splitlines() == [
         'data.sequences: ["t2", "adc"] -> ["adc", "t2"]',
@@ -294,21 +327,18 @@ def test_r07_drift_is_refused_listing_every_key_with_both_values() -> None:
 
 
 def test_r07_safe_growing_and_allowed_keys_go_on() -> None:
-    assert compare_configs(OLD, OLD) == []
-    assert compare_configs(OLD, changed(train__num_workers=0, train__output_dir="y")) == [
+    assert compare(OLD, OLD) == []
+    assert compare(OLD, changed(train__num_workers=0, train__output_dir="y")) == [
         "train.num_workers: 4 -> 0",
         'train.output_dir: "x" -> "y"',
     ]
-    assert compare_configs(OLD, changed(optim__epochs=20)) == ["optim.epochs: 10 -> 20"]
+    assert compare(OLD, changed(optim__epochs=20)) == ["optim.epochs: 10 -> 20"]
     with pytest.raises(ConfigError, match="differs") as caught:
-        compare_configs(OLD, changed(optim__epochs=5))
+        compare(OLD, changed(optim__epochs=5))
     assert caught.value.where == "optim.epochs: 10 -> 5"
-    assert (
-        len(compare_configs(OLD, changed(optim__base_lr=1.0, data__split_csv="b"), allowed=["optim.base_lr", "data"]))
-        == 2
-    )
+    assert len(compare(OLD, changed(optim__base_lr=1.0, data__split_csv="b"), allowed=["optim.base_lr", "data"])) == 2
     with pytest.raises(ConfigError, match="differs"):
-        compare_configs(OLD, changed(optim__base_lr=1.0), allowed=["opt", "optim.base"])
+        compare(OLD, changed(optim__base_lr=1.0), allowed=["opt", "optim.base"])
 
 
 # --- R02: SIGKILL at each write boundary -----------------------------------------------------------------------------

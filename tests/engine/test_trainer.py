@@ -1,12 +1,9 @@
-import ctypes
 import json
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +13,15 @@ import pytest
 import torch
 from engine_stub import CPU, Stub, batches, resumed, slices, trainer, views
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medssl_cli.core.errors import CheckpointError, DataError, Interrupted, MedsslError, NonFiniteError, ResourceError
+from medssl_cli.core.errors import CheckpointError, DataError, Interrupted, NonFiniteError, ResourceError
 from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.engine.checkpoint import optimizer_tensors, read_latest
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.schedules import Schedules
 from medssl_cli.engine.telemetry import read_metrics
-from medssl_cli.engine.trainer import StopSignal, Trainer, loader_fault, obey_signals_in_worker
+from medssl_cli.engine.trainer import StopSignal, Trainer
 
 TIMES = {"iter_time", "data_time", "data_wait_percent", "eta_s", "images_per_s", "memory_gib"}
 
@@ -134,48 +130,6 @@ def test_each_micro_batch_draws_by_its_own_seed() -> None:
         generator = torch.Generator().manual_seed(seed_for(11, "step", step, micro, 0))
         assert value == torch.rand((), generator=generator).item()
     assert len(set(drawn.values())) == 6
-
-
-class Cases(Dataset):
-    def __getitem__(self, key: tuple[int, int]) -> SliceBatch:
-        return slices(*key, size=4)
-
-
-class Order(Sampler):
-    """One micro-batch a step, from a given step on, for ever."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        step = self.step
-        while True:
-            yield step, 0
-            step += 1
-
-
-def loader(step: int, dataset: Dataset | None = None, **settings: Any) -> Iterator[SliceBatch]:
-    return iter(
-        DataLoader(
-            dataset or Cases(), batch_size=None, sampler=Order(step), worker_init_fn=obey_signals_in_worker, **settings
-        )
-    )
-
-
-@pytest.mark.slow
-def test_r01_with_two_loader_workers(tmp_path: Path) -> None:
-    straight = trainer(None)
-    straight.fit()
-    parts = [trainer(tmp_path, 20, batches=lambda step: loader(step, num_workers=2))]
-    source = parts[0].batches(0)
-    for _ in range(10):
-        parts[0].step(source)
-    parts[0]._save()
-    del source
-    again = resumed(tmp_path, batches=lambda step: loader(step, num_workers=2))
-    assert again.steps_done == 10
-    again.fit()
-    assert_same(state(again), state(straight))
 
 
 def test_finished_run_does_nothing_more(tmp_path: Path) -> None:
@@ -350,110 +304,14 @@ def test_t35_term_of_the_guilty_micro_batch_and_its_cases_only() -> None:
     assert "cases: PT-001-1-0, PT-001-1-1, PT-001-1-2, PT-001-1-3\n" in caught.value.where
 
 
-# --- R19: the loader -------------------------------------------------------------------------------------------------
-
-
-class Faulty(Cases):
-    """One worker dies, sleeps or fails in step 2."""
-
-    def __init__(self, fault: str) -> None:
-        self.fault = fault
-
-    def __getitem__(self, key: tuple[int, int]) -> SliceBatch:
-        if key[0] == 2:
-            if self.fault == "deaf":
-                ctypes.PyDLL(None).sleep(60)  # keeps the interpreter lock: no Python signal handler can run
-            if self.fault == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.fault == "asleep":
-                time.sleep(60)
-            if self.fault == "data":
-                raise DataError("A file is cut short.", where="a.nii.gz:\n12 of 40 bytes", fix="copy it again")
-            raise RuntimeError("of another kind")
-        return super().__getitem__(key)
-
-
-def faulty(fault: str, **settings: Any) -> Trainer:
-    return trainer(
-        None,
-        batches=lambda step: loader(step, Faulty(fault), num_workers=1, prefetch_factor=1, **settings),
-        cases_at=lambda step: [f"PT-{step:03d}"],
-        loader_timeout_s=1,
-    )
-
-
-@pytest.mark.slow
-def test_r19_killed_worker_is_named_with_the_cases() -> None:
-    started = time.monotonic()
-    with pytest.raises(ResourceError, match="A loader worker died") as caught:
-        faulty("killed", timeout=30).fit()
-    assert time.monotonic() - started < 20
-    assert "DataLoader worker (pid" in caught.value.where
-    assert "cases of this step: PT-00" in caught.value.where
-    assert "fewer workers" in caught.value.fix
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["asleep", "deaf"])
-def test_r19_sleeping_worker_ends_the_run_within_the_time_out(fault: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(ResourceError, match="gave nothing for 1 s") as caught:
-        faulty(fault, timeout=1).fit()
-    assert time.monotonic() - started < 20
-    assert multiprocessing.active_children() == []  # nothing is left that Python would wait for at its end
-    assert caught.value.exit_code == 6
-    assert caught.value.where.splitlines() == [
-        "step 3: DataLoader timed out after 1 seconds",
-        "cases of this step: PT-002",
-    ]
-
-
-@pytest.mark.slow
-def test_error_of_a_worker_keeps_its_three_lines() -> None:
-    with pytest.raises(DataError) as caught:
-        faulty("data", timeout=30).fit()
-    assert caught.value.what == "A file is cut short."
-    assert caught.value.where == "a.nii.gz:\n12 of 40 bytes"
-    assert caught.value.fix == "copy it again"
-
-
-@pytest.mark.slow
-def test_other_errors_of_a_worker_are_left_alone() -> None:
-    with pytest.raises(RuntimeError, match="of another kind") as caught:
-        faulty("bug", timeout=30).fit()
-    assert not isinstance(caught.value, MedsslError)
-
-
-@pytest.mark.slow
-def test_signal_to_the_whole_process_group_still_saves(tmp_path: Path) -> None:
-    """Workers obey the same SIGTERM; the run must save all the same."""
-    pids: list[int] = []
-
-    def views_with_signal(batch: SliceBatch, step: int, micro: int) -> Batch:
-        if step == 6:
-            for pid in (*pids, os.getpid()):
-                os.kill(pid, signal.SIGTERM)
-            time.sleep(0.5)
-        return views(batch, step, micro)
-
-    def watched(step: int) -> Iterator[SliceBatch]:
-        source = loader(step, num_workers=2, timeout=30)
-        pids.extend(worker.pid for worker in source._workers)
-        return source
-
-    run = trainer(tmp_path, batches=watched, views=views_with_signal, accumulation=1)
-    with pytest.raises(Interrupted, match="SIGTERM came after step 7"):
-        run.fit()
-    newest = read_latest(tmp_path / "checkpoints")
-    assert newest is not None
-    assert newest.step == 7
+# --- the loader ------------------------------------------------------------------------------------------------------
 
 
 def test_workers_gone_between_micro_batches_count_as_the_same_signal(tmp_path: Path) -> None:
     def source(step: int) -> Iterator[SliceBatch]:
         yield from (slices(0, micro, 4) for micro in range(3))
         os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+        raise ResourceError("Loader worker 0 died.", code="loader_worker_died")
 
     run = trainer(tmp_path, batches=source, accumulation=2)
     with pytest.raises(Interrupted, match="SIGTERM came after step 1; the state is saved"):
@@ -464,26 +322,24 @@ def test_workers_gone_between_micro_batches_count_as_the_same_signal(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "fix"),
+    "error",
     [
-        ("DataLoader worker (pid(s) 7) exited unexpectedly", "loader_worker_died", "num_workers=0"),
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "loader_worker_died", "memory runs out"),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
-         "of shared memory. Please try to raise your shared memory limit.", "loader_worker_died", "--shm-size"),
-        ("DataLoader timed out after 180 seconds", "loader_stuck", "loader_timeout_s"),
+        ResourceError("Loader worker 0 died.", where="at case PT-7", code="loader_worker_died"),
+        DataError("A file is cut short.", where="a.nii.gz", fix="copy it again"),
+        RuntimeError("a bug"),
     ],
-)  # fmt: skip
-def test_loader_texts_of_pytorch_become_advice(text: str, code: str, fix: str) -> None:
-    fault = loader_fault(RuntimeError(text), step=4)
-    assert isinstance(fault, ResourceError)
-    assert fault.code == code
-    assert fix in fault.fix
-    assert fault.where.startswith("step 4: DataLoader")
+)
+def test_an_error_of_the_loader_comes_as_it_was_raised(tmp_path: Path, error: Exception) -> None:
+    def source(step: int) -> Iterator[SliceBatch]:
+        yield slices(0, 0, 4)
+        raise error
 
-
-def test_other_errors_are_no_loader_faults() -> None:
-    assert loader_fault(RuntimeError("shape mismatch"), step=1) is None
-    assert loader_fault(DataError("A file is missing."), step=1) is None
+    run = trainer(tmp_path, batches=source)
+    with pytest.raises(type(error)) as caught:
+        run.fit()
+    assert caught.value is error
+    assert caught.value.__cause__ is None
+    assert run.steps_done == 1
 
 
 def test_out_of_memory_gives_the_documented_advice() -> None:

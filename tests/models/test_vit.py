@@ -393,13 +393,13 @@ def test_forward_list_equals_forward_for_each(backend: str, registers: int) -> N
         torch.testing.assert_close(grad, grads[1][name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_stochastic_depth_trains_on_subsets_follows_its_generator_and_is_off_in_evaluation() -> None:
+def test_stochastic_depth_trains_on_subsets_follows_the_seed_and_is_off_in_evaluation() -> None:
     model = small(drop_path_rate=0.5, depth=4)
     crops = [images(8, 3, 32, 32), images(12, 3, 16, 16, seed=1)]
     quiet = model.forward_list(crops, [None, None], [None, None])
 
     def noisy(seed: int) -> Tensor:
-        model.drop_generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         return model.train().forward_list(crops, [None, None], [None, None])[1].cls_BD.detach()
 
     assert torch.equal(noisy(1), noisy(1))
@@ -418,7 +418,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_stochastic_depth()
     grads = []
     for checkpointing in (False, True):
         model = small(drop_path_rate=0.4, depth=3, grad_checkpointing=checkpointing).train()
-        model.drop_generator = torch.Generator().manual_seed(3)
+        torch.manual_seed(3)
         outs = model.forward_list([images(4, 3, 32, 32), images(6, 3, 16, 16)], [None, None], [None, None])
         sum(out.cls_BD.square().sum() for out in outs).backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -514,7 +514,7 @@ def test_blocks_compile_in_place_and_keep_their_names() -> None:
     model, crops = small(drop_path_rate=0.4).train(), [images(4, 3, 32, 32), images(6, 3, 16, 16)]
 
     def run() -> Tensor:
-        model.drop_generator = torch.Generator().manual_seed(3)
+        torch.manual_seed(3)
         return model.forward_list(crops, [None, None], [None, None])[0].cls_BD.detach()
 
     expected, names = run(), list(model.state_dict())

@@ -95,16 +95,17 @@ def test_shapes_that_do_not_fit_are_refused(crops: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "mode", "share"),
     [
-        ({}, "shared", 0.5),
-        ({"mask_per_channel": True}, "full_sequence", 1.0),
-        ({"mask_per_channel": True, "mask_mode": "independent"}, "independent", 0.5),
-        ({"mask_mode": "full_sequence"}, "full_sequence", 1.0),
-        ({"mask_mode": "shared", "mask_sample_probability": 0.25}, "shared", 0.25),
+        ({}, "shared", (0.5, 0.5)),
+        ({"mask_per_channel": True}, "full_sequence", (0.5, 1.0)),
+        ({"mask_per_channel": True, "mask_mode": "independent"}, "independent", (0.5, 0.5)),
+        ({"mask_mode": "full_sequence"}, "full_sequence", (0.5, 1.0)),
+        ({"mask_mode": "shared", "mask_sample_probability": 0.25}, "shared", (0.25, 0.25)),
     ],
 )
-def test_mask_mode_follows_mask_per_channel_unless_set(settings: dict, mode: str, share: float) -> None:
+def test_mask_mode_follows_mask_per_channel_unless_set(settings: dict, mode: str, share: tuple[float, float]) -> None:
     config = IbotConfig(**settings)
-    assert (config.masking, config.masked_crops_share) == (mode, share)
+    assert config.masking == mode
+    assert (config.masked_crops_share(1), config.masked_crops_share(3)) == share
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -484,7 +484,7 @@ def test_t36_first_loss_is_what_was_predicted(
     batch = make_batch(samples=8, local_crops=local_crops)
     batch.token_mask_VN[:] = False
     batch.token_mask_VN[::every, 3:8] = True
-    expected = expected_first_loss(objective.dino, objective.ibot, local_crops, batch_size=8)
+    expected = expected_first_loss(objective.dino, objective.ibot, local_crops, batch_size=8, n_sequences=3)
     found = {name: loss.item() for name, loss in objective.losses(batch, {"teacher_temp": 0.04}).items()}
     assert found.keys() == expected.keys()
     del found["koleo_loss"], expected["koleo_loss"]  # predicted for layer scale, which this backbone lacks
@@ -498,10 +498,12 @@ def test_t36_prediction_by_hand() -> None:
     ln_k = 8.317766
     expected = {"dino_local_crops_loss": ln_k * 16 / 18, "dino_global_crops_loss": ln_k * 2 / 18}
     expected |= {"ibot_loss": 0.5 * ln_k, "koleo_loss": 2.0}
-    assert expected_first_loss(dino, ibot, 8) == pytest.approx(expected)
-    assert expected_first_loss(dino, ibot, 8, batch_size=1)["koleo_loss"] == 0.0
+    assert expected_first_loss(dino, ibot, 8, n_sequences=3) == pytest.approx(expected)
+    assert expected_first_loss(dino, ibot, 8, batch_size=1, n_sequences=3)["koleo_loss"] == 0.0
     own_head = IbotConfig(head_n_prototypes=8192, separate_head=True, mask_per_channel=True)
-    assert expected_first_loss(dino, own_head, 8)["ibot_loss"] == pytest.approx(math.log(8192))
+    assert expected_first_loss(dino, own_head, 8, n_sequences=3)["ibot_loss"] == pytest.approx(math.log(8192))
+    alone = expected_first_loss(dino, own_head, 8, n_sequences=1)["ibot_loss"]  # half of the crops hold masked tokens
+    assert alone == pytest.approx(0.5 * math.log(8192))
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])

@@ -6,8 +6,10 @@ import csv
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from medssl_cli.core.config import load_config
+from medssl_cli.core.errors import ResourceError
 from medssl_cli.data.images import read_volume, write_volume
 from medssl_cli.services.pretrain import PretrainRequest, resolve_config
 from medssl_cli.services.pretrain_config import PretrainConfig
@@ -264,6 +267,58 @@ def test_run_json_tells_status_and_step_at_every_checkpoint(
     assert seen == [("running", step) for step in range(5)] + [("finished", 4)]
 
 
+def full(*_: object) -> None:
+    raise ResourceError("The result cannot be written.", code="disk_full")
+
+
+def terminated(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("the signal did not come")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "status", "reason"),
+    [
+        (full, 6, "failed", "The result cannot be written."),
+        (terminated, 75, "interrupted", "SIGTERM came while exporting; finished parts are whole."),
+    ],
+)
+def test_a_run_that_ends_while_exporting_says_so_and_is_finished_by_the_same_command(
+    tiny: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., None],
+    code: int,
+    status: str,
+    reason: str,
+) -> None:
+    from medssl_cli.services import pretrain
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_backbone", fault)
+        answer = tiny()
+    assert answer.exit_code == code
+    assert f"error: {reason}" in answer.stderr
+    record = record_of(tmp_path / "run")
+    assert (record["status"], record["reason"], record["step"]) == (status, reason, 4)
+    assert tiny().exit_code == 0
+    assert record_of(tmp_path / "run")["status"] == "finished"
+    assert (tmp_path / "run/export/teacher_backbone.safetensors").is_file()
+
+
+def test_a_signal_while_a_case_is_read_drops_no_case(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--workers", 0, "--on-error", "skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(nibabel.Nifti1Image, "from_bytes", terminated)
+        answer = tiny(*words)
+    assert answer.exit_code == 75, answer.stderr
+    assert "error: SIGTERM came while preparing" in answer.stderr
+    assert tiny(*words).exit_code == 0
+    assert record_of(tmp_path / "run")["n_failed"] == 0
+
+
 def test_info_shows_a_run_that_is_under_way(medssl: Run, tiny: Run, tmp_path: Path) -> None:
     assert tiny().exit_code == 0
     record = {**record_of(tmp_path / "run"), "status": "running", "step": 2}
@@ -331,10 +386,12 @@ def test_t01_every_number_of_sequences_with_and_without_region_crops(
             assert math.isfinite(record.total_loss)
 
 
+@pytest.mark.parametrize("sequences", ["ax_t2wi,ax_adc,ax_dwi", "ax_t2wi"])
 def test_t36_the_first_loss_is_about_what_was_announced(
-    tiny_recipe: Path, prostate_tree: Path, prepared_cache: Path
+    tiny_recipe: Path, prostate_tree: Path, prepared_cache: Path, sequences: str
 ) -> None:
     words = (
+        *(f"data.mri_sequences={sequences}", "ibot.mask_per_channel=true"),
         *("dino.head_n_prototypes=4096", "dino.head_bottleneck_dim=256", "dino.head_hidden_dim=256"),
         *("student.layerscale=1e-5", "train.batch_size_per_gpu=6"),
     )

@@ -12,7 +12,7 @@ import yaml
 from medssl_cli.core.config import dump_config, load_config
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.services.pretrain import PretrainRequest, resolve_config
-from medssl_cli.services.pretrain_config import PretrainConfig
+from medssl_cli.services.pretrain_config import PretrainConfig, TrainConfig
 
 STRING = "ProstateSSL:split=TRAIN:root=/data/x:random_slices=True"
 
@@ -128,6 +128,36 @@ def test_keys_of_dinov2_without_effect_are_accepted_and_named(tmp_path: Path) ->
     assert again.model_dump() == config.model_dump()
 
 
+def test_keys_of_other_dinov2_files_are_read_by_their_meaning(tmp_path: Path) -> None:
+    train = {"auto_epoch_length": True, "persistent_workers": True, "pin_memory": True, "prefetch_factor": 2}
+    values = {"train": {**train, "OFFICIAL_EPOCH_LENGTH": 50}, "logging": {"log_period_iterations": 200}}
+    config = resolved(tmp_path, values)
+    assert (config.train.OFFICIAL_EPOCH_LENGTH, config.train.log_period_iterations) == ("auto", 200)
+    text = "\n".join(config.warnings())
+    assert "train.auto_epoch_length is read as train.OFFICIAL_EPOCH_LENGTH=auto, and counts instead of 50." in text
+    assert "logging.log_period_iterations is read as train.log_period_iterations=200." in text
+    assert "No effect: train.persistent_workers" in text
+    assert "No effect: train.pin_memory" in text
+    both = {"train": {"auto_epoch_length": False, "log_period_iterations": 5}, **{"logging": values["logging"]}}
+    config = resolved(tmp_path, both)
+    assert (config.train.OFFICIAL_EPOCH_LENGTH, config.train.log_period_iterations) == (1250, 5)
+    assert any(text.startswith("No effect: logging.log_period_iterations") for text in config.warnings())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"logging": {"level": "info"}}, "logging"),
+        ({"train": {"auto_epoch_length": "perhaps"}}, "train.auto_epoch_length is 'perhaps'"),
+        ({"train": {"auto_epoch_lenght": True}}, "auto_epoch_lenght"),
+    ],
+)
+def test_other_keys_are_still_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(tmp_path, values)
+    assert words in caught.value.where
+
+
 def test_a_semi_supervised_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resolved(tmp_path, {"semi_supervised": {"loss_weight": 0.5}})
@@ -173,3 +203,34 @@ def test_initial_weights(tmp_path: Path) -> None:
     assert resolved(tmp_path, {"student": {"pretrained_weights": "a.pth"}}).initial_weights == Path("a.pth")
     both = resolved(tmp_path, {"student": {"pretrained_weights": "a.pth"}}, init=Path("b.pth"))
     assert both.initial_weights == Path("b.pth")
+
+
+@pytest.mark.parametrize(("crop", "given", "in_force"), [(True, None, True), (False, None, False), (False, True, True)])
+def test_the_mask_is_handed_on_as_the_crops_need_it(
+    tmp_path: Path, crop: bool, given: bool | None, in_force: bool
+) -> None:
+    data = {} if given is None else {"append_label_mask": given}
+    config = resolved(tmp_path, {"crops": {"crop_from_tumor_foreground": crop}, "data": data})
+    assert config.data.append_label_mask is in_force
+    assert PretrainConfig.model_validate(config.model_dump()) == config
+    assert not any("append_label_mask" in text for text in config.warnings())
+
+
+def test_a_mask_that_the_crops_need_and_do_not_get_is_told(tmp_path: Path) -> None:
+    values = {"crops": {"crop_from_tumor_foreground": True}, "data": {"append_label_mask": False}}
+    (line,) = [text for text in resolved(tmp_path, values).warnings() if "append_label_mask" in text]
+    assert "centred on the middle of its slice" in line
+
+
+def test_a_config_made_in_code_is_completed_like_one_from_a_file() -> None:
+    assert PretrainConfig().data.append_label_mask is False
+    assert PretrainConfig(train=TrainConfig(percentage_labels=0.25)).data.percentage_labels == 0.25
+
+
+@pytest.mark.parametrize("text", ["null", "none", ""])
+def test_no_change_of_intensities_has_one_meaning(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"crops:\n  intensity_aug: {text}\n")
+    config = resolve_config(PretrainRequest(config=str(path)))
+    assert config.crops.intensity_aug == "none"
+    assert PretrainConfig().crops == config.crops

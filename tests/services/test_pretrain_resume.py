@@ -24,19 +24,19 @@ START = """
 import os, signal, sys, threading, time
 from pathlib import Path
 
-def watch(run, name, number):
+def watch(run, name, number, group):
     while not (run / "checkpoints" / name / "state.json").exists():
         time.sleep(0.002)
-    os.kill(os.getpid(), number)
+    (os.killpg if group else os.kill)(os.getpid(), number)
 
-run, name, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+run, name, number, group = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "group"
 if number:
-    threading.Thread(target=watch, args=(run, name, number), daemon=True).start()
-sys.argv = ["medssl", *sys.argv[4:]]
+    threading.Thread(target=watch, args=(run, name, number, group), daemon=True).start()
+sys.argv = ["medssl", *sys.argv[5:]]
 from medssl_cli.app import main
 main()
 """
-"""The program with a thread that sends a signal to it as soon as a checkpoint is whole."""
+"""The program with a thread that sends a signal to it, or to its whole group, as soon as a checkpoint is whole."""
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -46,11 +46,12 @@ def start(tiny_recipe: Path, prostate_tree: Path, prepared_cache: Path) -> Itera
     """Start `medssl pretrain` on a run folder; with `sent` it gets that signal after checkpoint 10."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(out: Path, *words: object, sent: int = 0) -> subprocess.Popen[str]:
+    def run(out: Path, *words: object, sent: int = 0, group: bool = False) -> subprocess.Popen[str]:
         options = ("--config", tiny_recipe, "--data", prostate_tree, "--cache", prepared_cache, "--device", "cpu")
         command = ["pretrain", *options, "--out", out, *SLOW, *words]
+        whom = "group" if group else "self"
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(out), "step_0000010", str(int(sent)), *map(str, command)],
+            [sys.executable, "-c", START, *map(str, (out, "step_0000010", int(sent), whom, *command))],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -132,12 +133,15 @@ def test_r01_killed_and_resumed_is_the_undisturbed_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers", "group"),
+    [(signal.SIGTERM, 0, False), (signal.SIGTERM, 2, False), (signal.SIGTERM, 2, True), (signal.SIGUSR1, 2, True)],
+)
 def test_r01_a_signal_saves_and_the_same_command_goes_on(
-    start: Start, undisturbed: Path, tmp_path: Path, number: signal.Signals, workers: int
+    start: Start, undisturbed: Path, tmp_path: Path, number: signal.Signals, workers: int, group: bool
 ) -> None:
     out = tmp_path / "run"
-    code, stderr = finish(start(out, "--workers", workers, sent=number))
+    code, stderr = finish(start(out, "--workers", workers, sent=number, group=group))
     assert code == 75, stderr
     assert f"error: {number.name} came after step" in stderr
     stopped = record_of(out)

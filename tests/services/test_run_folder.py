@@ -6,11 +6,20 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from medssl_cli.core.errors import ConfigError, Interrupted, NonFiniteError, ResourceError
+from medssl_cli.core.volume import Volume
+from medssl_cli.data.images import read_image, read_volume, write_image, write_volume
+from medssl_cli.models import attention
+from medssl_cli.models.zoo import read_weights
 from medssl_cli.services import run_folder
 from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable, without_home
 
@@ -106,6 +115,61 @@ def test_a_signal_while_preparing_is_an_interruption(number: signal.Signals) -> 
     with pytest.raises(Interrupted, match=f"{number.name} came while preparing"), stoppable("preparing"):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+READERS: dict[str, tuple[object, str, Callable[[Path], object]]] = {
+    "volume": (nib.Nifti1Image, "from_bytes", lambda folder: read_volume(folder / "a.nii.gz")),
+    "picture": (Image, "open", lambda folder: read_image(folder / "a.png")),
+    "weights": (torch, "load", lambda folder: read_weights(folder / "a.pth")),
+    "attention": (attention, "_trial_error", lambda folder: attention.probe_backends(torch.device("cpu"))),
+}
+"""Where a signal comes, and who takes every Exception there for damage."""
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_inside_a_reader_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: signal.Signals
+) -> None:
+    owner, function, read = READERS[name]
+    write_volume(tmp_path / "a.nii.gz", Volume(np.zeros((2, 3, 4), np.int16), np.eye(4)))
+    write_image(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pth")
+    read(tmp_path)  # is well
+
+    def told(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal did not come")
+
+    monkeypatch.setattr(owner, function, told)
+    text = f"{number.name} came while preparing; finished parts are whole."
+    with pytest.raises(Interrupted, match=text) as caught, stoppable("preparing"):
+        read(tmp_path)
+    assert caught.value.exit_code == 75
+    assert caught.value.fix == "run the same command again"
+
+
+def test_ctrl_c_stays_what_it_is() -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable("preparing"):
+        raise KeyboardInterrupt
+
+
+def test_the_innermost_block_names_what_was_stopped() -> None:
+    with pytest.raises(Interrupted, match="while exporting"), stoppable("preparing"), stoppable("exporting"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_folder_tells_of_a_signal_that_is_not_yet_an_error(tmp_path: Path) -> None:
+    def prepare(lines: HeldLog) -> None:
+        with stoppable("preparing"), RunFolder(tmp_path, "pretrain", lines) as folder, folder.telling_the_end(dict):
+            folder.begin()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with HeldLog() as lines, pytest.raises(Interrupted, match="while preparing"):
+        prepare(lines)
+    text = "SIGTERM came while preparing; finished parts are whole."
+    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "interrupted", "reason": text}
+    assert text in (tmp_path / "log.txt").read_text()
 
 
 def test_home_is_hidden_in_every_text(monkeypatch: pytest.MonkeyPatch) -> None:

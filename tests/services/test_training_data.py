@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.data.datasets import DataConfig
@@ -116,6 +118,61 @@ def test_a_sibling_list_of_cases_elsewhere_is_no_fault(tree: Path) -> None:
     train = write(tree / "split/train.csv", "patient_id\nPT-0000\n")
     write(tree / "split/val.csv", "patient_id\nPT-9999\n")
     assert len(read_training_data(config_of(tree, split_csv=str(train))).cases) == 1
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> Path:
+    """Two pictures to train on, one to validate, two to test."""
+    root = tmp_path / "images"
+    for i, name in enumerate(("train/a/0.png", "train/b/1.png", "val/a/2.png", "test/a/3.png", "test/b/4.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(root / name)
+    return root
+
+
+def test_r12_an_image_tree_is_trained_on_its_train_folder_alone(
+    image_tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        data = read_training_data(config_of(image_tree))
+    assert [case.case_id for case in data.cases] == ["train/a/0.png", "train/b/1.png"]
+    assert "2 pictures of the split train are used; left out: 2 of test, 1 of val" in caplog.text
+    tested = read_training_data(config_of(image_tree, split="TEST"))
+    assert [case.case_id for case in tested.cases] == ["test/a/3.png", "test/b/4.png"]
+    assert data.split_digest == read_training_data(config_of(image_tree, split="train")).split_digest
+
+
+def test_r12_a_table_of_ids_counts_before_the_folders(image_tree: Path) -> None:
+    table = write(image_tree.parent / "ids.csv", "id\nval/a/2.png\ntrain/a/0.png\n")
+    data = read_training_data(config_of(image_tree, split_csv=str(table)))
+    assert [case.case_id for case in data.cases] == ["train/a/0.png", "val/a/2.png"]
+
+
+def test_r12_one_picture_in_two_split_folders_is_a_leak(image_tree: Path) -> None:
+    shutil.copy(image_tree / "test/a/3.png", image_tree / "train/b/9.png")
+    with pytest.raises(DataError, match="same images under two names") as caught:
+        read_training_data(config_of(image_tree))
+    assert caught.value.code == "split_leak"
+
+
+def test_r12_a_picture_outside_the_split_folders_is_left_out_and_counted(
+    image_tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(image_tree / "train/a", image_tree / "more")
+    with caplog.at_level(logging.WARNING):
+        data = read_training_data(config_of(image_tree))
+    assert len(data.cases) == 2
+    assert "1 in no split folder" in caplog.text
+
+
+def test_r12_a_split_without_a_picture_is_refused(image_tree: Path) -> None:
+    shutil.rmtree(image_tree / "val")
+    with pytest.raises(DataError, match="No picture is of the split val") as caught:
+        read_training_data(config_of(image_tree, split="VAL"))
+    assert "2 of test, 2 of train" in caught.value.where
+    shutil.move(image_tree / "test", image_tree / "one")
+    shutil.move(image_tree / "train", image_tree / "two")
+    assert len(read_training_data(config_of(image_tree)).cases) == 4
 
 
 # --- sequences -------------------------------------------------------------------------------------------------------
