@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import sys
 import traceback
@@ -12,8 +11,9 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from medssl_cli.core.errors import Interrupted, MedsslError
+from medssl_cli.core.errors import ConfigError, Interrupted, MedsslError
 
 COMMANDS = ("convert", "split", "check-data", "pretrain", "infer", "phantom", "info", "doctor")
 """Order of the help page. Each module of ``commands/`` has one function ``run``, or an ``app`` with several."""
@@ -21,8 +21,44 @@ COMMANDS = ("convert", "split", "check-data", "pretrain", "infer", "phantom", "i
 EXIT_CODES = """Exit codes: 0 done · 1 internal error · 2 usage or configuration · 3 data rejected · 4 some failed ·
 5 non-finite loss · 6 resource missing · 7 checkpoint rejected · 75 interrupted, run the same command again."""
 
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Base of all that is wrong with the words typed; Typer carries its own copy of click and names only this leaf."""
+
+
+class SpeakingGroup(TyperGroup):
+    """The group of commands; words that cannot be parsed end in three lines too."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which they are used."""
+        return [name for name in COMMANDS if name in self.commands]
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the program; see ``typer.core.TyperGroup.main``."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except UsageError as error:
+            typer.echo(_usage_text(error), err=True)
+            sys.exit(ConfigError.exit_code)
+        except typer.Abort:
+            sys.exit(Interrupted.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_text(error: Any) -> str:
+    message = error.format_message().strip()
+    where = error.ctx.command_path if error.ctx is not None else "medssl"
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page
+        return message
+    if not message.endswith((".", "?")):
+        message += "."
+    return str(ConfigError(message, where=where, fix=f"see `{where} --help`", code="usage"))
+
+
 app = typer.Typer(
     name="medssl",
+    cls=SpeakingGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -49,7 +85,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Self-supervised learning on medical images: DICOM in, a number with its confidence interval out."""
+    """Self-supervised learning on medical images, from DICOM to a pretrained backbone."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(message)s",
@@ -90,14 +126,17 @@ def _register(name: str) -> None:
     if hasattr(module, "app"):
         for info in module.app.registered_commands:
             info.callback = speak_errors(info.callback)
-        app.add_typer(module.app, name=name)
+        app.add_typer(module.app, name=name, short_help=_first_line(module.app.info.help))
     else:
-        app.command(name)(speak_errors(module.run))
+        app.command(name, short_help=_first_line(module.run.__doc__))(speak_errors(module.run))
+
+
+def _first_line(text: Any) -> str:
+    return str(text).strip().splitlines()[0]
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"medssl_cli.commands.{_name.replace('-', '_')}"):
-        _register(_name)
+    _register(_name)
 
 
 def main() -> None:

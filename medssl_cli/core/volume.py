@@ -20,6 +20,9 @@ _AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 AXIAL, CORONAL, SAGITTAL = 0, 1, 2
 """Array axis that is cut through in a volume of orientation RAS: Z, Y, X."""
 
+GRID_TOLERANCE_MM = 0.1
+"""Grids whose corners lie no farther apart are one: headers keep float32, pixels are rarely below 0.3 mm."""
+
 AXIS_NAMES = {AXIAL: "axial", CORONAL: "coronal", SAGITTAL: "sagittal"}
 
 
@@ -91,7 +94,7 @@ class Volume:
         array = np.moveaxis(xyz, (-1, -2, -3), (-3, -2, -1))
         return replace(self, array=np.ascontiguousarray(array), affine=self.affine @ transform)
 
-    def grid_difference(self, other: Volume, tolerance_mm: float = 0.01) -> str | None:
+    def grid_difference(self, other: Volume, tolerance_mm: float = GRID_TOLERANCE_MM) -> str | None:
         """What differs between two grids, in words with both values; None when they agree."""
         return grid_difference(self.shape, self.affine, other.shape, other.affine, tolerance_mm)
 
@@ -158,7 +161,7 @@ def grid_difference(
     affine: np.ndarray,
     other_shape: tuple[int, ...],
     other_affine: np.ndarray,
-    tolerance_mm: float = 0.01,
+    tolerance_mm: float = GRID_TOLERANCE_MM,
 ) -> str | None:
     """What differs between two grids, in words with both values; None when no corner moves by ``tolerance_mm``."""
     if tuple(shape) != tuple(other_shape):

@@ -19,15 +19,13 @@ import numpy as np
 from medssl_cli.core import case as core
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import DataError
-from medssl_cli.core.volume import Volume, affine_spacing, grid_difference
+from medssl_cli.core.volume import GRID_TOLERANCE_MM, Volume, affine_spacing, grid_difference
 from medssl_cli.data.images import ImageHeader, check_finite, is_image, read_header, read_image, read_volume
 from medssl_cli.data.manifest import IMAGE, Ids, Owner, read_case
 from medssl_cli.data.sequences import choose_sequence
 
 Severity = Literal["error", "warning", "info"]
 
-GRID_TOLERANCE_MM = 0.1
-"""Corners of two grids may lie this far apart: headers keep float32, pixels are rarely below 0.3 mm."""
 MAX_ANISOTROPY = 3.0
 MIN_IMAGE_SIDE = 32
 
@@ -317,7 +315,7 @@ def _grid_findings(case_id: str, headers: Mapping[str, ImageHeader]) -> list[Fin
 
 def _difference(one: ImageHeader, other: ImageHeader) -> str | None:
     shapes = [header.shape[2::-1] for header in (one, other)]  # file order (x, y, z) to array order
-    return grid_difference(shapes[0], one.affine, shapes[1], other.affine, GRID_TOLERANCE_MM)
+    return grid_difference(shapes[0], one.affine, shapes[1], other.affine)
 
 
 def _anisotropy_findings(case_id: str, headers: Mapping[str, ImageHeader]) -> list[Finding]:

@@ -27,9 +27,6 @@ POSITION_TOLERANCE_MM = 0.1
 SHEAR_TOLERANCE_MM = 0.2
 """How far a slice may be shifted within its plane before the stack counts as sheared (gantry tilt)."""
 
-AGREEMENT_TOLERANCE_MM = 0.1
-"""How far a corner voxel of the converted volume may lie from where the headers put it."""
-
 _RESEND = "send the series again from the archive, or leave it out with the mapping"
 
 
@@ -114,7 +111,7 @@ def check_converted(volume: Volume, geometry: SeriesGeometry, engine: str) -> No
     given = volume.reoriented("RAS")
     z, y, x = geometry.shape
     expected = Volume(np.broadcast_to(np.int8(0), (z, y, x)), geometry.affine).reoriented("RAS")
-    difference = grid_difference(expected.shape, expected.affine, given.shape, given.affine, AGREEMENT_TOLERANCE_MM)
+    difference = grid_difference(expected.shape, expected.affine, given.shape, given.affine)
     if difference:
         raise _refuse(
             f"The volume that {engine} made is not the one that the headers describe.",

@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import SimpleITK as sitk
 from PIL import Image
 from pydantic import PositiveInt, field_validator
 
 from medssl_cli.core.case import Case, Sequence
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import DataError
-from medssl_cli.core.volume import Volume, affine_spacing, grid_difference
+from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing, grid_difference
 from medssl_cli.data.images import check_finite, read_image, read_volume
+from medssl_cli.data.resample import Grid, coverage, is_whole, resample_to
 
 log = logging.getLogger(__name__)
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts x to the left and y to the back, our affines to the right and front
-_MIN_INTEGER_RANGE = 100  # interpolated integers are rounded back only if a step is at most 1 % of what they span
 _LOW_COVERAGE = 0.5
 
 
@@ -77,19 +75,6 @@ class PreprocessConfig(Config):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Places of voxels without their values.
-
-    Args:
-        shape: (Z, Y, X).
-        affine: 4x4 float64, voxel (x, y, z, 1) -> mm, RAS+.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-
-
-@dataclass(frozen=True)
 class Restore:
     """The way back from the prepared grid to that of the file it came from."""
 
@@ -107,9 +92,8 @@ class Restore:
         if map_ZYX.shape != self.prepared.shape:
             raise ValueError(f"the map is {map_ZYX.shape}, the prepared grid {self.prepared.shape}")
         nearest = map_ZYX.dtype.kind in "biu" if nearest is None else nearest
-        volume = Volume(map_ZYX, self.prepared.affine).reoriented(_orientation(self.source))
-        if _difference(volume, self.source):
-            volume = to_reference_grid(volume, self.source, nearest=nearest, outside=0.0)
+        volume = Volume(map_ZYX, self.prepared.affine)
+        volume = resample_to(volume, self.source, nearest=nearest, outside=0.0)
         return Volume(volume.array.astype(map_ZYX.dtype, copy=False), self.source.affine)
 
 
@@ -214,12 +198,11 @@ def prepare_picture(case: Case, config: PreprocessConfig) -> Picture:
 
 def prepared_grid(source: Grid, config: PreprocessConfig) -> Grid:
     """The grid of the reference file, turned to the wanted orientation and voxel size, about the same centre."""
-    turned = Volume(np.broadcast_to(np.uint8(0), source.shape), source.affine)
-    turned = turned.reoriented(config.orientation)
-    grid = Grid(turned.shape, turned.affine)
-    if config.resample_mm is None or np.allclose(turned.spacing, config.resample_mm, rtol=1e-3):
+    grid = source.reoriented(config.orientation)
+    spacing = affine_spacing(grid.affine)
+    if config.resample_mm is None or np.allclose(spacing, config.resample_mm, rtol=1e-3):
         return grid
-    ratio = np.array(turned.spacing) / config.resample_mm  # (z, y, x)
+    ratio = np.array(spacing) / config.resample_mm  # (z, y, x)
     shape = tuple(max(1, round(float(n * r))) for n, r in zip(grid.shape, ratio, strict=True))
     affine = grid.affine.copy()
     affine[:3, :3] /= ratio[::-1]
@@ -227,51 +210,6 @@ def prepared_grid(source: Grid, config: PreprocessConfig) -> Grid:
     new_centre = affine @ [*((np.array(shape[::-1]) - 1) / 2), 1]
     affine[:3, 3] += old_centre[:3] - new_centre[:3]
     return Grid((shape[0], shape[1], shape[2]), affine)
-
-
-def to_reference_grid(
-    volume: Volume, reference: Volume | Grid, *, nearest: bool, outside: float | None = None
-) -> Volume:
-    """The volume on another grid, through world coordinates; on the same grid its voxels stay untouched.
-
-    Args:
-        volume: (Z, Y, X).
-        reference: Where to.
-        nearest: True for masks and label maps, False (linear) for images.
-        outside: Value beyond the volume; None takes its smallest.
-
-    Returns:
-        Nearest keeps the data type. Linear gives float32 (float64 for data that float32 cannot hold).
-
-    Raises:
-        DataError: The two grids have no place in common.
-    """
-    if not _difference(volume, reference):
-        return Volume(volume.array, reference.affine)
-    if _coverage(volume, reference) == 0:
-        raise DataError(
-            "The image does not overlap with the grid it is to be brought to.",
-            where=_both_grids(volume, reference),
-            fix="check that the files belong to the same patient and study, and convert them again",
-            code="grids_apart",
-        )
-    array = volume.array.astype(np.uint8) if volume.array.dtype == np.bool_ else volume.array
-    if not nearest:
-        array = array.astype(np.float32 if _fits_float32(array.dtype) else np.float64, copy=False)
-    outside = float(array.min()) if outside is None else outside
-    spacing, direction, origin = _itk_geometry(reference.affine)
-    moved = sitk.Resample(
-        _to_itk(array, volume.affine),
-        [int(n) for n in reference.shape[::-1]],
-        sitk.Transform(),
-        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
-        origin,
-        spacing,
-        direction,
-        outside,
-    )
-    dtype = volume.array.dtype if nearest else array.dtype
-    return Volume(sitk.GetArrayFromImage(moved).astype(dtype, copy=False), reference.affine)
 
 
 def sequence_limits(
@@ -375,22 +313,19 @@ def _refuse_constant(path: Path, array: np.ndarray) -> None:
 
 def _onto(volume: Volume, grid: Grid, path: str) -> tuple[np.ndarray, bool]:
     """(voxels on the grid, whether they were interpolated)."""
-    turned = volume.reoriented(_orientation(grid))
-    if not _difference(turned, grid):
-        return turned.array, False
-    moved = _moved(turned, grid, path, nearest=False).array
-    whole = _is_whole(volume.array) and float(volume.array.max()) - float(volume.array.min()) >= _MIN_INTEGER_RANGE
-    return (np.rint(moved) if whole else moved), True
+    turned = Grid(volume.shape, volume.affine).reoriented(affine_orientation(grid.affine))
+    interpolated = grid_difference(turned.shape, turned.affine, grid.shape, grid.affine) is not None
+    return _moved(volume, grid, path, nearest=False).array, interpolated
 
 
 def _moved(volume: Volume, grid: Grid, path: str, *, nearest: bool) -> Volume:
     try:
-        moved = to_reference_grid(volume, grid, nearest=nearest, outside=0.0 if nearest else None)
+        moved = resample_to(volume, grid, nearest=nearest)
     except DataError as error:
         raise DataError(error.what, where=f"{path}: {error.where}", fix=error.fix, code=error.code) from error
-    coverage = _coverage(volume, grid)
-    if coverage < _LOW_COVERAGE:
-        log.warning("%s covers only %.0f %% of the grid it is brought to", path, 100 * coverage)
+    covered = coverage(volume, grid)
+    if covered < _LOW_COVERAGE:
+        log.warning("%s covers only %.0f %% of the grid it is brought to", path, 100 * covered)
     return moved
 
 
@@ -406,7 +341,7 @@ def _stack(volumes: list[np.ndarray | None], shape: tuple[int, int, int]) -> np.
 
 def _storage_dtype(volumes: list[np.ndarray]) -> np.dtype:
     """uint8, int16, uint16 or int32 for whole numbers, however the file writes them; else float32."""
-    if all(_is_whole(v) for v in volumes):
+    if all(is_whole(v) for v in volumes):
         low, high = min(float(v.min()) for v in volumes), max(float(v.max()) for v in volumes)
         for kind in (np.uint8, np.int16, np.uint16, np.int32):
             if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
@@ -419,60 +354,6 @@ def _storage_dtype(volumes: list[np.ndarray]) -> np.dtype:
             code="values_huge",
         )
     return np.dtype(np.float32)
-
-
-def _is_whole(array: np.ndarray) -> bool:
-    return array.dtype.kind in "biu" or bool((array == np.rint(array)).all())
-
-
-def _fits_float32(dtype: np.dtype) -> bool:
-    return bool(np.can_cast(dtype, np.float32))
-
-
-def _orientation(grid: Grid | Volume) -> str:
-    return Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).orientation
-
-
-def _difference(one: Volume | Grid, other: Volume | Grid) -> str | None:
-    return grid_difference(one.shape, one.affine, other.shape, other.affine)
-
-
-def _both_grids(volume: Volume | Grid, other: Volume | Grid) -> str:
-    def box(grid: Volume | Grid) -> str:
-        ends = np.array([[0, 0, 0, 1], [*(n - 1 for n in grid.shape[::-1]), 1]]).T
-        corners = (grid.affine @ ends)[:3]
-        return ", ".join(f"{c} {a:.0f}..{b:.0f}" for c, a, b in zip("xyz", corners.min(1), corners.max(1), strict=True))
-
-    return f"it lies at {box(volume)} mm, the grid at {box(other)} mm"
-
-
-def _coverage(volume: Volume | Grid, reference: Volume | Grid) -> float:
-    """Share of the places of ``reference`` that lie inside ``volume``, from at most 64 samples along each axis."""
-    there = np.linalg.inv(volume.affine) @ reference.affine  # voxel of the reference -> voxel of the volume
-    counts = reference.shape[::-1]
-    ticks = [np.unique(np.linspace(0, n - 1, min(n, 64)).round()) for n in counts]
-    inside = np.ones([len(t) for t in ticks], dtype=bool)
-    for row, size in enumerate(volume.shape[::-1]):
-        x, y, z = (there[row, axis] * ticks[axis] for axis in range(3))
-        place = x[:, None, None] + y[None, :, None] + z[None, None, :] + there[row, 3]
-        inside &= (place >= -0.5) & (place <= size - 0.5)
-    return float(inside.mean())
-
-
-def _itk_geometry(affine: np.ndarray) -> tuple[list[float], list[float], list[float]]:
-    """(spacing, direction, origin) in ITK's convention, x first, L P S."""
-    lps = _LPS @ affine
-    spacing = np.array(affine_spacing(affine)[::-1])
-    return spacing.tolist(), (lps[:3, :3] / spacing).ravel().tolist(), lps[:3, 3].tolist()
-
-
-def _to_itk(array_ZYX: np.ndarray, affine: np.ndarray) -> sitk.Image:
-    image = sitk.GetImageFromArray(array_ZYX)
-    spacing, direction, origin = _itk_geometry(affine)
-    image.SetSpacing(spacing)
-    image.SetDirection(direction)
-    image.SetOrigin(origin)
-    return image
 
 
 def _interpolated(sorted_rows: np.ndarray, percentile: float) -> np.ndarray:

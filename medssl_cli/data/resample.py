@@ -7,21 +7,40 @@ interpolation; linear for images, nearest neighbour for label maps.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import seed_for
-from medssl_cli.core.volume import Volume, grid_difference
+from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing, grid_difference
 
 LABEL_TOKENS = ("roi", "mask", "seg", "label", "labels", "segmentation")
 """A stem with one of these words is a label map and keeps its values."""
 
-SAME_GRID_MM = 0.01
-"""Grids whose corners agree this far are one grid: nothing is interpolated."""
+MIN_WHOLE_RANGE = 100
+"""Interpolated whole numbers are rounded back only if a step is at most 1 % of what they span."""
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts x to the left and y to the back, our affines to the right and front
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of voxels without their values.
+
+    Args:
+        shape: (Z, Y, X).
+        affine: 4x4 float64, voxel (x, y, z, 1) -> mm, RAS+.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+    def reoriented(self, target: str) -> Grid:
+        """The same places in another order."""
+        turned = Volume(np.broadcast_to(np.uint8(0), self.shape), self.affine).reoriented(target)
+        return Grid(turned.shape, turned.affine)
 
 
 def is_label(stem: str) -> bool:
@@ -29,52 +48,61 @@ def is_label(stem: str) -> bool:
     return bool(set(re.split(r"[^a-z0-9]+", stem.lower())) & set(LABEL_TOKENS))
 
 
-def resample_to(volume: Volume, reference: Volume, *, nearest: bool = False, transform: Any = None) -> Volume:
-    """The same image on the grid of ``reference``.
+def resample_to(
+    volume: Volume,
+    reference: Volume | Grid,
+    *,
+    nearest: bool = False,
+    transform: Any = None,
+    outside: float | None = None,
+) -> Volume:
+    """The same image on the grid of ``reference``; on one grid, in whatever order its axes lie, voxels stay untouched.
+
+    Voxels are interpolated in the order RAS, whatever the order of the two, so that the same places give the same
+    bits: an aligned file that is turned afterwards equals one that is brought straight onto the turned grid.
 
     Args:
-        volume: (Z, Y, X) or (T, Z, Y, X).
+        volume: (Z, Y, X) or (T, Z, Y, X), finite.
         reference: Its grid is taken, not its voxels.
         nearest: Nearest neighbour, for label maps; else linear.
         transform: SimpleITK transform from reference to volume in mm, as ``register_affine`` gives; identity if None.
+        outside: Value beyond the volume. None takes 0 for ``nearest``, else the smallest value of the volume: 0 in
+            nearly every MR image, -1024 in CT; it never widens the range by which slices are scaled later.
 
     Returns:
-        A volume in the type of the input; whole numbers are rounded. Outside the input stands 0, or its minimum
-        where that is negative (air in CT).
+        A volume in the type of the input. Whole numbers are rounded where they span ``MIN_WHOLE_RANGE`` or more; else
+        integers become float32 (float64 where that holds them and float32 does not).
 
     Raises:
-        DataError: The two do not overlap at all.
+        DataError: The two have no place in common.
     """
-    if transform is None and not grid_difference(
-        volume.shape, volume.affine, reference.shape, reference.affine, SAME_GRID_MM
-    ):
-        return Volume(volume.array, reference.affine)
+    turned = volume.reoriented(affine_orientation(reference.affine))
     if transform is None:
-        _check_overlap(volume, reference)
-    if volume.array.ndim == 4:
-        parts = [
-            resample_to(Volume(v, volume.affine), reference, nearest=nearest, transform=transform) for v in volume.array
-        ]
-        return Volume(np.stack([part.array for part in parts]), reference.affine)
-    import SimpleITK as sitk
+        if not grid_difference(turned.shape, turned.affine, reference.shape, reference.affine):
+            return Volume(turned.array, reference.affine)
+        _refuse_apart(volume, reference)
+    if volume.array.ndim == 3:
+        return _interpolated(volume, reference, nearest, transform, outside)
+    parts = [_interpolated(Volume(v, volume.affine), reference, nearest, transform, outside) for v in volume.array]
+    return Volume(np.stack([part.array for part in parts]), reference.affine)
 
-    outside = min(0.0, float(volume.array.min()))
-    moved = sitk.Resample(
-        _to_itk(volume),
-        _grid_of(reference),
-        transform if transform is not None else sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
-        outside,
-        sitk.sitkFloat64
-        if volume.array.dtype.itemsize > 4 or volume.array.dtype in (np.int32, np.uint32)
-        else sitk.sitkFloat32,
-    )
-    array = sitk.GetArrayFromImage(moved)
-    kind = volume.array.dtype
-    if kind.kind in "iu":
-        limits = np.iinfo(kind)
-        array = np.clip(np.rint(array), limits.min, limits.max)
-    return Volume(array.astype(kind), reference.affine)
+
+def is_whole(array: np.ndarray) -> bool:
+    """Whether every value is a whole number, however it is stored."""
+    return array.dtype.kind in "biu" or bool((array == np.rint(array)).all())
+
+
+def coverage(volume: Volume | Grid, reference: Volume | Grid) -> float:
+    """Share of the places of ``reference`` that lie inside ``volume``, from at most 64 samples along each axis."""
+    there = np.linalg.inv(volume.affine) @ reference.affine  # voxel of the reference -> voxel of the volume
+    counts = reference.shape[::-1]
+    ticks = [np.unique(np.linspace(0, n - 1, min(n, 64)).round()) for n in counts]
+    inside = np.ones([len(t) for t in ticks], dtype=bool)
+    for row, size in enumerate(volume.shape[::-1]):
+        x, y, z = (there[row, axis] * ticks[axis] for axis in range(3))
+        place = x[:, None, None] + y[None, :, None] + z[None, None, :] + there[row, 3]
+        inside &= (place >= -0.5) & (place <= size - 0.5)
+    return float(inside.mean())
 
 
 def register_affine(moving: Volume, fixed: Volume, *, seed: int = 0) -> tuple[Any, float]:
@@ -95,7 +123,7 @@ def register_affine(moving: Volume, fixed: Volume, *, seed: int = 0) -> tuple[An
     """
     import SimpleITK as sitk
 
-    _check_overlap(moving, fixed)
+    _refuse_apart(moving, fixed)
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
@@ -139,7 +167,7 @@ def _search(moving: Volume, fixed: Volume, seed: int) -> tuple[Any, float]:
     centre = fixed.affine @ np.array([*(np.array(fixed.shape[::-1]) - 1) / 2, 1.0])
     start.SetCenter([float(v) for v in (_LPS @ centre)[:3]])
     method.SetInitialTransform(start, inPlace=False)
-    images = _to_itk(fixed, np.float32), _to_itk(moving, np.float32)
+    images = tuple(_to_itk(v.array.astype(np.float32), v.affine) for v in (fixed, moving))
     try:
         transform = method.Execute(*images)
         found = float(method.GetMetricValue())
@@ -155,50 +183,83 @@ def _search(moving: Volume, fixed: Volume, seed: int) -> tuple[Any, float]:
     return (transform, found) if found < unmoved else (start, unmoved)
 
 
-def _check_overlap(volume: Volume, reference: Volume) -> None:
-    (low, high), (other_low, other_high) = _bounds(volume), _bounds(reference)
-    if np.any(low > other_high) or np.any(other_low > high):
+def _interpolated(
+    volume: Volume, reference: Volume | Grid, nearest: bool, transform: Any, outside: float | None
+) -> Volume:
+    """One 3-D volume on another grid."""
+    import SimpleITK as sitk
+
+    grid = Grid(reference.shape, reference.affine).reoriented("RAS")
+    source = volume.reoriented("RAS")
+    array = _computable(source.array, nearest)
+    if outside is None:
+        outside = 0.0 if nearest else float(array.min())
+    spacing, direction, origin = _itk_geometry(grid.affine)
+    moved = sitk.Resample(
+        _to_itk(array, source.affine),
+        [int(n) for n in grid.shape[::-1]],
+        sitk.Transform() if transform is None else transform,
+        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
+        origin,
+        spacing,
+        direction,
+        outside,
+    )
+    values = _in_type_of(sitk.GetArrayFromImage(moved), source.array, nearest)
+    back = Volume(values, grid.affine).reoriented(affine_orientation(reference.affine))
+    return Volume(back.array, reference.affine)
+
+
+def _computable(array: np.ndarray, nearest: bool) -> np.ndarray:
+    """In a type that ITK knows; for linear interpolation a float that holds the values."""
+    if nearest:
+        return array.astype({"?": np.uint8, "e": np.float32}.get(array.dtype.char, array.dtype), copy=False)
+    return array.astype(np.float32 if np.can_cast(array.dtype, np.float32) else np.float64, copy=False)
+
+
+def _in_type_of(moved: np.ndarray, before: np.ndarray, nearest: bool) -> np.ndarray:
+    """Interpolated values as ``resample_to`` returns them."""
+    if nearest or before.dtype.kind == "f":
+        rounds = not nearest and _spans_whole(before)
+        return (np.rint(moved) if rounds else moved).astype(before.dtype, copy=False)
+    return np.rint(moved).astype(before.dtype) if _spans_whole(before) else moved
+
+
+def _spans_whole(array: np.ndarray) -> bool:
+    return float(array.max()) - float(array.min()) >= MIN_WHOLE_RANGE and is_whole(array)
+
+
+def _refuse_apart(volume: Volume | Grid, reference: Volume | Grid) -> None:
+    # both ways: samples of a fine grid may all miss a thin volume, which then has its own inside the grid
+    if coverage(volume, reference) == 0 and coverage(reference, volume) == 0:
         raise DataError(
-            "A sequence and its reference lie in different places: they do not overlap.",
-            where=f"sequence {_box(low, high)}; reference {_box(other_low, other_high)}",
-            fix="check that both belong to one visit; --no-align keeps every sequence on its own grid",
-            code="no_overlap",
+            "The image does not overlap with the grid it is to be brought to.",
+            where=f"it lies at {_box(volume)} mm, the grid at {_box(reference)} mm",
+            fix="check that the files belong to one patient and visit, and convert them again; "
+            "`medssl convert dicom --no-align` keeps every sequence on its own grid",
+            code="grids_apart",
         )
 
 
-def _bounds(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner in mm, edges of the voxels included."""
-    z, y, x = volume.shape
-    corners = np.array([[i, j, k, 1.0] for i in (-0.5, x - 0.5) for j in (-0.5, y - 0.5) for k in (-0.5, z - 0.5)])
-    world = corners @ volume.affine.T
-    return world[:, :3].min(axis=0), world[:, :3].max(axis=0)
+def _box(grid: Volume | Grid) -> str:
+    ends = np.array([[0, 0, 0, 1], [*(n - 1 for n in grid.shape[::-1]), 1]]).T
+    corners = (grid.affine @ ends)[:3]
+    return ", ".join(f"{c} {a:.0f}..{b:.0f}" for c, a, b in zip("xyz", corners.min(1), corners.max(1), strict=True))
 
 
-def _box(low: np.ndarray, high: np.ndarray) -> str:
-    return " x ".join(f"[{a:.0f}, {b:.0f}]" for a, b in zip(low, high, strict=True)) + " mm"
+def _itk_geometry(affine: np.ndarray) -> tuple[list[float], list[float], list[float]]:
+    """(spacing, direction, origin) in ITK's convention, x first, L P S."""
+    lps = _LPS @ affine
+    spacing = np.array(affine_spacing(affine)[::-1])
+    return spacing.tolist(), (lps[:3, :3] / spacing).ravel().tolist(), lps[:3, 3].tolist()
 
 
-def _to_itk(volume: Volume, kind: type | None = None) -> Any:
+def _to_itk(array_ZYX: np.ndarray, affine: np.ndarray) -> Any:
     import SimpleITK as sitk
 
-    array = volume.array
-    if array.dtype == np.bool_ or array.dtype == np.float16:
-        array = array.astype(np.float32)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array if kind is None else array.astype(kind)))
-    return _place(image, volume)
-
-
-def _grid_of(volume: Volume) -> Any:
-    import SimpleITK as sitk
-
-    z, y, x = volume.shape
-    return _place(sitk.Image(x, y, z, sitk.sitkUInt8), volume)
-
-
-def _place(image: Any, volume: Volume) -> Any:
-    affine = _LPS @ volume.affine
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image.SetSpacing([float(s) for s in spacing])
-    image.SetDirection([float(d) for d in (affine[:3, :3] / spacing).ravel()])
-    image.SetOrigin([float(o) for o in affine[:3, 3]])
+    image = sitk.GetImageFromArray(array_ZYX)
+    spacing, direction, origin = _itk_geometry(affine)
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    image.SetOrigin(origin)
     return image

@@ -69,7 +69,7 @@ from medssl_cli.data.preprocess import PreprocessConfig, naming_case, scale_to_u
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the bytes of a prepared file change their meaning: older stores are then built anew."""
 
 PICTURES_PER_SHARD = 128

@@ -204,8 +204,9 @@ class MultiCrop:
         """Everything random about the views of a batch."""
         config = self.config
         blur_first, blur_second, blur_local = config.blur_probs
-        centred = config.crop_from_tumor_foreground and batch.roi_BHW is not None
-        ranks = transforms.rank_pixels(batch.roi_BHW) if centred else None
+        ranks = None
+        if config.crop_from_tumor_foreground and batch.roi_BHW is not None:
+            ranks = transforms.rank_pixels(batch.roi_BHW)
         blurs: tuple[float, ...] = (blur_first, blur_second)
         global_views = self._draw_views(batch, ranks, seed, "global", config.global_crops_scale, blurs)
         local_views = None

@@ -40,7 +40,7 @@ from medssl_cli.services.worker_pool import ordered_map, terminate_as_interrupt
 logger = logging.getLogger(__name__)
 
 COMMAND = "convert align"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -438,7 +438,7 @@ def _thumbnail(checked: CheckedCase) -> bytes | None:
 
 
 def _volume_tile(volume: Volume, roi: Volume | None) -> np.ndarray:
-    same = roi is not None and roi.grid_difference(volume, 0.1) is None
+    same = roi is not None and roi.grid_difference(volume) is None
     areas = (roi.array > 0).sum(axis=(1, 2)) if roi is not None and same else np.zeros(1)
     index = int(areas.argmax()) if areas.any() else volume.shape[0] // 2
     plane = np.take(volume.array, index, axis=AXIAL)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,18 +90,22 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> InferRe
     config = _config(request)
     cases = named_cases(request.cases)
     backbone = open_backbone(find_model(request.model), resolve_device(request.device))
-    claim_out_folder(request.out, COMMAND, overwrite=request.overwrite)
+    inputs = _inputs(request, cases, backbone)
+    would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
+    claim = partial(claim_out_folder, request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
     summaries: list[dict[str, Any]] = []
     failures: list[tuple[str, str, str, str]] = []
     with locked(request.out, "output folder"):
-        for leftover in request.out.glob(".tmp-*"):
-            shutil.rmtree(leftover)
+        if not would_go:
+            claim()
+            for leftover in request.out.glob(".tmp-*"):
+                shutil.rmtree(leftover)
         for done, named in enumerate(cases, start=1):
             out = request.out if len(cases) == 1 else request.out / named.name
             slices = progress if len(cases) == 1 else None
             try:
                 with saying_memory(backbone):
-                    summaries.append(_infer_case(named, backbone, request, config, out, slices))
+                    summaries.append(_infer_case(named, backbone, request, config, out, slices, claim))
             except DataError as error:
                 if request.on_error == "stop":
                     raise
@@ -108,6 +113,8 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> InferRe
                 failures.append((named.name, hide_home(str(named.path)), _reason(error), error.fix))
             if progress is not None and len(cases) > 1:
                 progress(done, len(cases))
+        if would_go and not summaries:
+            raise _nothing_to_replace_it(failures)
         write_failures(request.out / "failures.csv", failures)
         facts = plain({**result_header(COMMAND, started), "cases": summaries, "failures": _failure_facts(failures)})
         if len(cases) > 1:
@@ -127,6 +134,21 @@ def _config(request: InferRequest) -> InferConfig:
             code="config_invalid",
         )
     return config
+
+
+def _inputs(request: InferRequest, cases: list[Named], backbone: Backbone) -> list[Path]:
+    """What is read: cases, the tables that name them, and the model."""
+    model = backbone.found.run or backbone.found.weights
+    return [*(Path(word) for word in request.cases), *(named.path for named in cases), model]
+
+
+def _nothing_to_replace_it(failures: list[tuple[str, str, str, str]]) -> DataError:
+    return DataError(
+        f"None of {len(failures)} cases could be looked at; the output folder keeps what it holds.",
+        where="\n".join(f"{path}: {reason}" for _, path, reason, _ in failures[:5]),
+        fix=failures[0][3],
+        code="cases_failed",
+    )
 
 
 def _reason(error: DataError) -> str:
@@ -158,8 +180,12 @@ def _infer_case(
     config: InferConfig,
     out: Path,
     progress: Progress | None,
+    claim: Callable[..., None],
 ) -> dict[str, Any]:
-    """Look at one case; its folder gets all results, or keeps what it had."""
+    """Look at one case; its folder gets all results, or keeps what it had.
+
+    ``claim`` makes the output folder ours, which may delete what lay there: not before there are results.
+    """
     started = time.time()
     wanted = Wanted(backbone.sequences, backbone.reference, volumes=backbone.model.sequences is not None)
     temporary = temporary_folder(request.out, "case")
@@ -179,6 +205,7 @@ def _infer_case(
             }
             results.write_report(summary)
             write_json(results.folder / "summary.json", summary)
+            claim(keep=(temporary,))
             publish(results.folder, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

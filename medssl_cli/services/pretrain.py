@@ -137,7 +137,8 @@ def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say:
         if request.smoke or request.dry_run:
             with _scratch_run(request, config, device, data, progress) as run:
                 return _smoke(run, say, started) if request.smoke else _dry_run(run, data, started)
-        with RunFolder(_out(request, config), "pretrain", lines, overwrite=request.overwrite) as folder:
+        out, inputs = _out(request, config), _inputs(request, config)
+        with RunFolder(out, "pretrain", lines, overwrite=request.overwrite, inputs=inputs) as folder:
             return _train(request, config, device, data, folder, progress, started)
 
 
@@ -193,6 +194,12 @@ def _check_request(request: PretrainRequest) -> None:
 def _out(request: PretrainRequest, config: PretrainConfig) -> Path:
     named = config.train.output_dir
     return Path(named) if named not in ("", ".") else Path("runs") / request.recipe
+
+
+def _inputs(request: PretrainRequest, config: PretrainConfig) -> list[Path]:
+    """What the run reads, and the cache that other runs share."""
+    named = (config.data.root, config.data.split_csv, request.config, config.initial_weights)
+    return [default_cache(request.cache), *(Path(path) for path in named if path and Path(path).exists())]
 
 
 # --- training --------------------------------------------------------------------------------------------------------

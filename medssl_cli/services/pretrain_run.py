@@ -70,7 +70,7 @@ class PretrainRun:
             f"attention {self.attention}, {self.workers} loader workers",
             f"{self.total_steps} steps of {config.samples_per_step()} samples, {self.epoch_steps} an epoch; "
             f"effective learning rate {self.schedules.lr:.3g} (base_lr {optim.base_lr:g}{rule})",
-            f"{self._tokens()}; {_expectation(config, self._images())}",
+            f"{self._tokens()}; {_expectation(config, self._images(), self.schedules.at(0)['teacher_temp'])}",
         ]
 
     def _images(self) -> int:
@@ -188,13 +188,15 @@ def _build_trainer(
     )
 
 
-def _expectation(config: PretrainConfig, n_sequences: int) -> str:
+def _expectation(config: PretrainConfig, n_sequences: int, teacher_temperature: float) -> str:
     expected = expected_first_loss(
         config.dino,
         config.ibot,
         config.crops.local_crops_number,
         config.train.batch_size_per_gpu,
         n_sequences=n_sequences,
+        teacher_temperature=teacher_temperature,
+        layerscale=config.student.layerscale,
     )
     terms = ", ".join(f"{name.removesuffix('_loss')} {value:.1f}" for name, value in expected.items())
     return f"expected first loss about {sum(expected.values()):.1f} ({terms})"

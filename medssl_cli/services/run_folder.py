@@ -82,7 +82,11 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         check_out_folder(self.path, self.command, overwrite=self.overwrite, inputs=self.inputs)
-        self._lock.enter_context(locked(self.path, "run folder"))
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(locked(self.path, "run folder"))
+            if not self.overwrite:
+                claim_out_folder(self.path, self.command)
+            self._lock = lock.pop_all()
         return self
 
     def __exit__(
@@ -94,7 +98,8 @@ class RunFolder:
 
     def begin(self, *, clear: Sequence[str] = ()) -> None:
         """Take the folder over: remove what it may replace and ``clear``, and let the log flow into ``log.txt``."""
-        claim_out_folder(self.path, self.command, overwrite=self.overwrite, inputs=self.inputs)
+        if self.overwrite:
+            claim_out_folder(self.path, self.command, overwrite=True, inputs=self.inputs)
         for name in clear:
             place = self.path / name
             shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medssl_cli.app import app
+from medssl_cli.core.run import locked
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import write_image, write_volume
 from medssl_cli.data.manifest import read_ids
@@ -211,6 +212,52 @@ def test_foreign_folder_is_kept(tmp_path: Path) -> None:
     assert code == 2
     assert "--overwrite" in err
     assert medssl(tmp_path / "nowhere")[0] == 3
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_overwrite_never_deletes_what_is_checked(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/some.csv").write_text("patient_id\na\n")
+    (tmp_path / "tables/labels.csv").write_text("patient_id,label\na,1\nb,0\n")
+    table = tmp_path / "series.csv"
+    table.write_text(f"patient_id,path\na,{root / 'a/ax_t2wi.nii.gz'}\n")
+    before = files(tmp_path)
+    tables = tmp_path / "tables"
+    for words in (
+        (root, "--out", root),
+        (root, "--out", root / "a"),
+        (root, "--out", tmp_path),
+        (table, "--out", root),
+        (root, "--split-csv", tables / "some.csv", "--out", tables),
+        (root, "--task", "classify", "--labels", tables / "labels.csv", "--out", tables),
+    ):
+        code, _, err = medssl(*words, "--overwrite")
+        assert code == 2, err
+        assert "more than old results" in err
+    assert files(tmp_path) == before
+
+
+def test_old_results_go_only_once_there_are_new_ones(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with locked(out, "output folder"):
+        code, _, err = medssl(root, "--out", out, "--overwrite")
+        assert code == 2
+        assert "Another process" in err
+        assert files(out) == {"thesis.txt": b"mine"}
+    (tmp_path / "labels.csv").write_text("")
+    code, _, err = medssl(root, "--task", "classify", "--labels", tmp_path / "labels.csv", "--out", out, "--overwrite")
+    assert code == 3, err
+    assert files(out) == {"thesis.txt": b"mine"}
+    code, _, err = medssl(root, "--out", out, "--overwrite", "--fix-csv", out / "good.csv")
+    assert code == 0, err
+    assert files(out).keys() == {".medssl.json", "check_data.json", "check_data.html", "good.csv"}
 
 
 def test_real_study_needs_alignment(real_data: Path, tmp_path: Path) -> None:

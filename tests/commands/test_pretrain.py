@@ -226,6 +226,19 @@ def test_a_foreign_folder_is_refused_and_replaced_only_for_a_good_run(tiny: Run,
         pass
 
 
+def test_overwrite_never_deletes_an_input(tiny: Run, tmp_path: Path, prostate_tree: Path) -> None:
+    data = tmp_path / "all/data"
+    shutil.copytree(prostate_tree, data)
+    before = files_of(tmp_path)
+    for out in (data, data.parent, data / next(data.iterdir()).name):
+        refused = tiny("--data", data, "--out", out, "--overwrite")
+        assert refused.exit_code == 2
+        assert "more than old results" in refused.stderr
+    refused = tiny("--cache", tmp_path / "all/cache", "--out", tmp_path / "all", "--overwrite")
+    assert "more than old results" in refused.stderr
+    assert files_of(tmp_path) == before
+
+
 def test_out_is_named_after_the_recipe_or_by_the_config(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

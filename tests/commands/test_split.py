@@ -8,6 +8,7 @@ from sklearn.model_selection import train_test_split
 from typer.testing import CliRunner
 
 from medssl_cli.app import app
+from medssl_cli.core.run import locked
 from medssl_cli.data.manifest import read_ids, split_digest
 
 PARTS = ("train", "val", "test")
@@ -193,3 +194,26 @@ def test_foreign_folder_is_kept(tmp_path: Path) -> None:
     assert code == 2
     assert "--overwrite" in err
     assert (tmp_path / "s" / "thesis.txt").exists()
+    with locked(tmp_path / "s", "output folder"):
+        code, _, err = medssl(root, "--out", tmp_path / "s", "--overwrite")
+        assert code == 2
+        assert "Another process" in err
+        assert (tmp_path / "s" / "thesis.txt").exists()
+    assert medssl(root, "--out", tmp_path / "s", "--overwrite")[0] == 0
+    assert not (tmp_path / "s" / "thesis.txt").exists()
+
+
+def test_overwrite_never_deletes_what_is_split(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", 12)
+    (tmp_path / "tables").mkdir()
+    labels = tmp_path / "tables/labels.csv"
+    labels.write_text("patient_id,label\n" + "".join(f"{case.name},1\n" for case in root.iterdir()))
+    before = sorted(tmp_path.rglob("*"))
+    for words in ((root, "--out", root), (root, "--out", tmp_path), (labels, "--out", labels.parent)):
+        code, _, err = medssl(*words, "--overwrite")
+        assert code == 2, err
+        assert "more than old results" in err
+    code, _, err = medssl(root, "--labels", labels, "--stratify", "label", "--out", labels.parent, "--overwrite")
+    assert code == 2
+    assert str(labels) in err
+    assert sorted(tmp_path.rglob("*")) == before

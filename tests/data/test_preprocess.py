@@ -16,9 +16,9 @@ from PIL import Image
 from medssl_cli.core.case import Case, Sequence
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume
+from medssl_cli.data.checks import check_geometry
 from medssl_cli.data.images import read_volume, write_volume
 from medssl_cli.data.preprocess import (
-    Grid,
     PreprocessConfig,
     prepare_case,
     prepare_picture,
@@ -26,8 +26,8 @@ from medssl_cli.data.preprocess import (
     scale_to_unit,
     sequence_limits,
     slice_limits,
-    to_reference_grid,
 )
+from medssl_cli.data.resample import Grid, resample_to
 
 RNG = np.random.default_rng(0)
 
@@ -97,7 +97,7 @@ def test_t17_a_cube_on_two_grids_meets_at_one_place(tmp_path: Path) -> None:
 def test_linear_resampling_equals_nibabel() -> None:
     volume = smooth((12, 30, 26), oblique((1.1, 0.9, 2.5), (-12, -14, -13)))
     target = Grid((10, 22, 20), affine((0.7, 0.8, 1.5), (-6, -7, -6)))
-    ours = to_reference_grid(volume, target, nearest=False)
+    ours = resample_to(volume, target)
     theirs = resample_from_to(
         nib.Nifti1Image(volume.array.T.astype(np.float64), volume.affine), (target.shape[::-1], target.affine), order=1
     )
@@ -110,15 +110,13 @@ def test_linear_resampling_equals_nibabel() -> None:
 def test_linear_resampling_of_a_plane_in_space_is_exact() -> None:
     volume = smooth((20, 30, 30), oblique((1, 1, 2), (-15, -15, -20)))
     target = Grid((8, 9, 10), affine((1.5, 1.5, 1.5), (-6, -6, -6)))
-    np.testing.assert_allclose(
-        to_reference_grid(volume, target, nearest=False).array, smooth(target.shape, target.affine).array, atol=1e-3
-    )
+    np.testing.assert_allclose(resample_to(volume, target).array, smooth(target.shape, target.affine).array, atol=1e-3)
 
 
 def test_same_grid_keeps_every_bit() -> None:
     volume = Volume(RNG.standard_normal((5, 6, 7)).astype(np.float32), oblique((1, 1, 3), (0, 0, 0)))
     nearly = Grid(volume.shape, volume.affine + 1e-5)
-    moved = to_reference_grid(volume, nearly, nearest=False)
+    moved = resample_to(volume, nearly)
     assert moved.array is volume.array
 
 
@@ -232,6 +230,49 @@ def test_a_sequence_that_covers_little_is_warned_of(
     assert "adc.nii.gz covers only 28 %" in caplog.text
 
 
+@pytest.mark.parametrize("turned", ["RAS", "LPS", "PIR"])
+@pytest.mark.parametrize("kind", ["whole", "small", "float"])
+def test_t17_an_aligned_file_is_prepared_to_the_same_bits_as_the_original(
+    tmp_path: Path, ball: Volume, turned: str, kind: str
+) -> None:
+    """It covers a part of the grid only, and its smallest value is not 0."""
+    matrix = oblique((1.6, 1.6, 3.0), (-20, -24, -21))
+    array = RNG.integers(40, {"small": 90}.get(kind, 2000), (12, 22, 20)).astype(np.int16)
+    adc = Volume(array.astype(np.float32) / 7 if kind == "float" else array, matrix).reoriented(turned)
+    roi = Volume((adc.array > np.median(adc.array)).astype(np.uint8) * 2, adc.affine)
+    (tmp_path / "raw").mkdir(), (tmp_path / "aligned").mkdir()
+    t2 = ball.reoriented("LPS")
+    raw = prepare_case(case_of(tmp_path / "raw", t2=t2, adc=adc, roi=roi), ("t2", "adc"), PreprocessConfig())
+    reference, original, mask = (read_volume(tmp_path / f"raw/{name}.nii.gz") for name in ("t2", "adc", "roi"))
+    case = case_of(
+        tmp_path / "aligned",
+        t2=reference,
+        adc=resample_to(original, reference),
+        roi=resample_to(mask, reference, nearest=True),
+    )
+    aligned = prepare_case(case, ("t2", "adc"), PreprocessConfig())
+    assert raw.resampled_S.tolist() == [False, True]
+    assert aligned.resampled_S.tolist() == [False, False]
+    assert raw.images_SZYX.dtype == aligned.images_SZYX.dtype
+    np.testing.assert_array_equal(raw.images_SZYX, aligned.images_SZYX)
+    np.testing.assert_array_equal(raw.roi_ZYX, aligned.roi_ZYX)
+    assert (raw.images_SZYX[1] == adc.array.min()).mean() > 0.05  # what lies outside is its smallest value
+    assert raw.images_SZYX[1].min() == adc.array.min()
+
+
+@pytest.mark.parametrize(("shift", "interpolated"), [(0.08, False), (0.12, True)])
+def test_one_tolerance_says_what_is_one_grid(tmp_path: Path, ball: Volume, shift: float, interpolated: bool) -> None:
+    """What check-data calls one grid is not interpolated."""
+    moved = ball.affine.copy()
+    moved[1, 3] += shift
+    case = case_of(tmp_path, t2=ball, adc=Volume(ball.array, moved))
+    prepared = prepare_case(case, ("t2", "adc"), PreprocessConfig())
+    assert prepared.resampled_S.tolist() == [False, interpolated]
+    assert np.array_equal(prepared.images_SZYX[0], prepared.images_SZYX[1]) is not interpolated
+    codes = {finding.code for finding in check_geometry(case)}
+    assert ("grid_position" in codes) is interpolated
+
+
 @pytest.mark.parametrize(
     ("array", "code"),
     [
@@ -291,7 +332,7 @@ def test_small_integers_are_not_rounded_after_interpolation(tmp_path: Path) -> N
 
 def test_roi_of_another_grid_is_moved_by_nearest(tmp_path: Path, ball: Volume) -> None:
     fine = Grid((40, 90, 90), affine((0.7, 0.8, 1.5), (-32, -38, -30)))
-    mask = Volume((to_reference_grid(ball, fine, nearest=False).array > 300).astype(np.uint8), fine.affine)
+    mask = Volume((resample_to(ball, fine).array > 300).astype(np.uint8), fine.affine)
     prepared = prepare_case(case_of(tmp_path, t2=ball, roi=mask), ("t2",), PreprocessConfig())
     assert prepared.roi_ZYX is not None
     canonical = ball.reoriented("RAS").array > 300

@@ -23,6 +23,7 @@ from medssl_cli.objectives.koleo import koleo_loss
 from medssl_cli.objectives.self_distillation import (
     SelfDistillation,
     TeacherConfig,
+    cross_entropy_of_equals,
     effective_rank,
     expected_first_loss,
     normalised_entropy,
@@ -301,7 +302,10 @@ def test_each_loss_can_be_turned_off(
     if modules is not None:
         assert objective.trained_modules().keys() == modules
     assert all(p.grad is not None for p in objective.student.parameters())
-    assert all(math.isfinite(figure) for figure in objective.health().values())
+    health = objective.health()
+    assert health
+    assert ("teacher_entropy" in health) == ("dino_global_crops_loss" in terms)
+    assert all(math.isfinite(figure) for figure in health.values())
 
 
 def test_nothing_to_learn_is_refused(make_objective: Make) -> None:
@@ -494,16 +498,30 @@ def test_t36_first_loss_is_what_was_predicted(
 
 
 def test_t36_prediction_by_hand() -> None:
-    dino, ibot = DinoConfig(head_n_prototypes=4096), IbotConfig(head_n_prototypes=8192)
+    dino, ibot = DinoConfig(head_n_prototypes=4096, head_bottleneck_dim=3), IbotConfig(head_n_prototypes=8192)
     ln_k = 8.317766
-    expected = {"dino_local_crops_loss": ln_k * 16 / 18, "dino_global_crops_loss": ln_k * 2 / 18}
-    expected |= {"ibot_loss": 0.5 * ln_k, "koleo_loss": 2.0}
-    assert expected_first_loss(dino, ibot, 8, n_sequences=3) == pytest.approx(expected)
+    # in three dimensions cosines are uniform in -1 .. 1: E[exp(10 x)] = sinh(10)/10, E[x exp(25 x)] = coth(25) - 1/25
+    pair = ln_k + math.log(math.sinh(10) / 10) - 10 * (1 / math.tanh(25) - 1 / 25)
+    expected = {"dino_local_crops_loss": pair * 16 / 18, "dino_global_crops_loss": pair * 2 / 18}
+    expected |= {"ibot_loss": 0.5 * ln_k, "koleo_loss": 0.1 * 2 * 11.512925}
+    assert expected_first_loss(dino, ibot, 8, n_sequences=3) == pytest.approx(expected, rel=2e-3)
     assert expected_first_loss(dino, ibot, 8, batch_size=1, n_sequences=3)["koleo_loss"] == 0.0
     own_head = IbotConfig(head_n_prototypes=8192, separate_head=True, mask_per_channel=True)
     assert expected_first_loss(dino, own_head, 8, n_sequences=3)["ibot_loss"] == pytest.approx(math.log(8192))
     alone = expected_first_loss(dino, own_head, 8, n_sequences=1)["ibot_loss"]  # half of the crops hold masked tokens
     assert alone == pytest.approx(0.5 * math.log(8192))
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 256])
+def test_t36_cross_entropy_of_a_random_head_with_itself(dim: int) -> None:
+    rng = torch.Generator().manual_seed(dim)
+    features = torch.nn.functional.normalize(torch.randn(400, dim, generator=rng), dim=1)
+    heads = torch.nn.functional.normalize(torch.randn(4096, dim, generator=rng), dim=1)
+    cosines = features @ heads.T
+    found = torch.nn.functional.cross_entropy(cosines / 0.1, (cosines / 0.04).softmax(1)).item()
+    assert cross_entropy_of_equals(4096, dim, 0.04) == pytest.approx(found, rel=0.06)
+    if dim == 256:  # the wide limit
+        assert found == pytest.approx(math.log(4096) + 1 / (0.02 * dim) - 1 / (0.1 * 0.04 * dim), rel=0.01)
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.run import locked
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import read_volume, write_volume
+from medssl_cli.data.manifest import read_case
+from medssl_cli.data.preprocess import PreprocessConfig, prepare_case
 from medssl_cli.services.align import AlignRequest, AlignResult, align_tree
 
 
@@ -77,6 +80,20 @@ def test_t17_tree_is_mirrored_on_the_reference_grid(tmp_path: Path) -> None:
     assert (report["command"], report["n_aligned"], report["n_cases"]) == ("convert align", 3, 1)
 
 
+def test_t17_an_aligned_tree_is_prepared_to_the_voxels_of_the_tree_itself(tmp_path: Path) -> None:
+    make_case(tmp_path / "tree")
+    align(tmp_path)
+    names = ("ax_t2wi", "ax_adc")
+    raw, aligned = (
+        prepare_case(read_case(tmp_path / folder, "P1", names), names, PreprocessConfig()) for folder in ("tree", "out")
+    )
+    assert (raw.resampled_S.tolist(), aligned.resampled_S.tolist()) == ([False, True], [False, False])
+    assert raw.roi_ZYX is not None
+    assert raw.roi_ZYX.any()
+    np.testing.assert_array_equal(raw.images_SZYX, aligned.images_SZYX)
+    np.testing.assert_array_equal(raw.roi_ZYX, aligned.roi_ZYX)
+
+
 def test_p41_registration_brings_a_moved_image_back(tmp_path: Path) -> None:
     make_case(tmp_path / "tree", shift=(4.0, -3.0, 2.0))
     align(tmp_path, out=tmp_path / "plain")
@@ -129,7 +146,7 @@ def test_bad_volumes_are_listed_and_the_rest_is_done(tmp_path: Path) -> None:
         ("P3", "ax_dwi.nii.gz"),
     ]
     assert "there are ax_adc, roi_Prostate" in table[0]["reason"]
-    assert "do not overlap" in table[2]["reason"]
+    assert "does not overlap" in table[2]["reason"]
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.nii.gz")) == [
         "ax_adc.nii.gz",
         "ax_t2wi.nii.gz",
@@ -179,3 +196,25 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on-error"):
         align(tmp_path, on_error="maybe")
     assert len(list((tmp_path / "tree").rglob("*.nii.gz"))) == 3
+
+
+def test_overwrite_replaces_nothing_before_the_tree_was_read(tmp_path: Path) -> None:
+    make_case(tmp_path / "tree")
+    make_case(tmp_path / "tree", "P2")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with locked(out, "output folder"), pytest.raises(ConfigError, match="Another process"):
+        align(tmp_path, overwrite=True)
+    good = (tmp_path / "tree/P2/ax_adc.nii.gz").read_bytes()
+    (tmp_path / "tree/P2/ax_adc.nii.gz").write_bytes(good[:100])
+    result = align(tmp_path, overwrite=True)
+    assert isinstance(result.error, DataError)
+    assert "nothing was replaced" in result.error.fix
+    assert {p.name for p in out.iterdir()} == {".lock", "thesis.txt"}
+    assert align(tmp_path, overwrite=True, reference="ax_dwi", on_error="skip").outputs == []
+    assert {p.name for p in out.iterdir()} == {".lock", "thesis.txt"}
+    result = align(tmp_path, overwrite=True, on_error="skip")
+    assert (result.count("aligned"), len(result.failures)) == (5, 1)
+    assert not (out / "thesis.txt").exists()
+    assert (out / "failures.csv").is_file()

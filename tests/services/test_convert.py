@@ -23,6 +23,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.run import locked
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import read_volume
 from medssl_cli.services.convert import ConvertRequest, ConvertResult, convert_dicom, safe_name
@@ -878,3 +879,38 @@ def test_real_prostate_study_is_sorted_into_its_sequences(real_data: Path, tmp_p
     }
     for stem, reference in references.items():
         world_equal(read_volume(tmp_path / f"out/ProstateX-0000/{stem}.nii.gz"), reference)
+
+
+def test_overwrite_replaces_nothing_before_the_source_was_read(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
+    out = tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    (out / "thesis.txt").write_text("mine")
+    kept = {".lock", ".work", "thesis.txt"}
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.txt").write_text("x")
+    with pytest.raises(DataError, match="no DICOM image"):
+        convert(overwrite=True)
+    assert {p.name for p in out.iterdir()} == kept
+    study(tmp_path / "src", write_dicom)
+    with locked(out, "output folder"), pytest.raises(ConfigError, match="Another process"):
+        convert(overwrite=True)
+    nothing = tmp_path / "nothing.yaml"
+    nothing.write_text("ax_pet: {Modality: PT}\n")
+    with pytest.raises(DataError, match="No series fits"):
+        convert(overwrite=True, mapping=str(nothing))
+    with pytest.raises(ConfigError) as caught:
+        convert(overwrite=True, mapping=str(tmp_path / "mapping.yaml"), out=tmp_path / "src/P1")
+    assert caught.value.code == "out_holds_source"
+    slices = sorted((tmp_path / "src/P1/t2").iterdir())
+    removed = slices[2].read_bytes()
+    slices[2].unlink()
+    assert convert(overwrite=True).stopped
+    assert {p.name for p in out.iterdir()} == kept
+    slices[2].write_bytes(removed)
+    result = convert(overwrite=True, anonymize=True)
+    assert result.error is None
+    assert result.count("converted") == 4
+    assert not {"thesis.txt", ".work"} & {p.name for p in out.iterdir()}
+    assert (out / ".pseudonym_key").is_file()

@@ -662,6 +662,44 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path, run_t2: Path) -> No
     assert (tmp_path / "out/thesis.tex").exists()
 
 
+def test_overwrite_never_deletes_an_input(tmp_path: Path, run_t2: Path) -> None:
+    file = save(tmp_path / "data/P1/ax_t2wi.nii.gz", planted())
+    table = tmp_path / "cases.csv"
+    table.write_text("case_id,path\nP1,data/P1/ax_t2wi.nii.gz\n")
+    before = sorted([*tmp_path.rglob("*"), *run_t2.rglob("*")])
+    for out, case in (
+        (file.parent, file),
+        (tmp_path, file.parent),
+        (file.parent, table),
+        (run_t2, file),
+        (run_t2 / "export", file),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            run_infer(out, run_t2, case, overwrite=True)
+        assert caught.value.code == "out_holds_source"
+    assert sorted([*tmp_path.rglob("*"), *run_t2.rglob("*")]) == before
+
+
+def test_overwrite_replaces_nothing_before_there_are_results(tmp_path: Path, run_t2: Path) -> None:
+    from medssl_cli.core.run import locked
+
+    out, bad, file = tmp_path / "out", tmp_path / "bad.nii.gz", save(tmp_path / "ax_t2wi.nii.gz", planted())
+    bad.write_bytes(file.read_bytes()[:200])
+    (out / ".tmp-mine").mkdir(parents=True)
+    (out / "thesis.tex").write_text("x")
+    kept = {".tmp-mine", "thesis.tex", ".lock"}
+    with locked(out, "output folder"), pytest.raises(ConfigError, match="Another process"):
+        run_infer(out, run_t2, file, overwrite=True)
+    for cases, on_error in (((bad,), "stop"), ((bad,), "skip"), ((bad, tmp_path / "absent.nii"), "skip")):
+        with pytest.raises(DataError):
+            run_infer(out, run_t2, *cases, overwrite=True, on_error=on_error)
+        assert {path.name for path in out.iterdir()} == kept
+    run_infer(out, run_t2, bad, file, overwrite=True, on_error="skip")
+    names = {path.name for path in out.iterdir()}
+    assert names == {".lock", ".medssl.json", "summary.json", "failures.csv", "ax_t2wi"}
+    assert (out / "ax_t2wi/report.html").is_file()
+
+
 def test_no_map_is_called_a_map_of_lesions(tmp_path: Path, run_t2: Path) -> None:
     file = save(tmp_path / "ax_t2wi.nii.gz", planted())
     for method in ("rollout", "similarity"):
@@ -680,9 +718,10 @@ def test_r20_home_is_not_told(tmp_path: Path, run_t2: Path, monkeypatch: pytest.
     save(tmp_path / "P1/ax_t2wi.nii.gz", planted())
     cases = (tmp_path / "P1", tmp_path / "bad.nii")
     run_infer(tmp_path / "out", run_t2, *cases, on_error="skip")
-    for path in (tmp_path / "out").rglob("*.*"):
-        if path.suffix in (".json", ".html", ".csv"):
-            assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
+    told = [path for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".json", ".html", ".csv")]
+    assert {"summary.json", "report.html", "failures.csv"} <= {path.name for path in told}
+    for path in told:
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
 
 
 def test_keys_without_effect_are_refused(tmp_path: Path, run_t2: Path) -> None:

@@ -164,6 +164,19 @@ def test_r17_second_writer_is_refused(tmp_path: Path) -> None:
     with locked(out, "phantom"), pytest.raises(ConfigError) as refused:
         make_phantom("prostate", out, cases=1)
     assert refused.value.code == "folder_locked"
+    before = digests(out)
+    with locked(out, "phantom"), pytest.raises(ConfigError) as refused:
+        make_phantom("prostate", out, cases=1, seed=1, overwrite=True)
+    assert refused.value.code == "folder_locked"
+    assert digests(out) == before
+
+
+def test_overwrite_spares_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="more than old results"):
+        make_phantom("prostate", Path(), cases=1, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_unknown_task_lists_what_exists(tmp_path: Path) -> None:

@@ -357,6 +357,20 @@ def test_t19_share_0_gives_the_stream_of_a_tree_without_masks(
     assert any(not torch.equal(a.images_BSHW, b.images_BSHW) for a, b in zip(reference[0], with_masks, strict=True))
 
 
+def test_a_mask_that_no_crop_needs_is_not_shipped_and_still_chooses_slices(
+    tiny_recipe: Path, prostate_tree: Path, prepared_cache: Path
+) -> None:
+    batches = []
+    for crop in ("true", "false"):
+        run = built(tiny_recipe, prostate_tree, prepared_cache, f"crops.crop_from_tumor_foreground={crop}")
+        source = run.batches(0)
+        batches.append([next(source) for _ in range(3)])
+    for with_mask, without in zip(*batches, strict=True):
+        assert with_mask.roi_BHW is not None
+        assert without.roi_BHW is None
+        assert torch.equal(with_mask.images_BSHW, without.images_BSHW)
+
+
 def test_t04_at_step_0_the_teacher_equals_the_student_also_with_given_weights(
     tiny_recipe: Path, prostate_tree: Path, prepared_cache: Path, tmp_path: Path
 ) -> None:

@@ -138,7 +138,7 @@ def test_keys_of_other_dinov2_files_are_read_by_their_meaning(tmp_path: Path) ->
     assert "logging.log_period_iterations is read as train.log_period_iterations=200." in text
     assert "No effect: train.persistent_workers" in text
     assert "No effect: train.pin_memory" in text
-    both = {"train": {"auto_epoch_length": False, "log_period_iterations": 5}, **{"logging": values["logging"]}}
+    both = {"train": {"auto_epoch_length": False, "log_period_iterations": 5}, "logging": values["logging"]}
     config = resolved(tmp_path, both)
     assert (config.train.OFFICIAL_EPOCH_LENGTH, config.train.log_period_iterations) == (1250, 5)
     assert any(text.startswith("No effect: logging.log_period_iterations") for text in config.warnings())

@@ -77,6 +77,23 @@ def test_nothing_goes_before_the_run_begins(tmp_path: Path) -> None:
         assert (tmp_path / "log.txt").read_text() == ""
 
 
+def test_a_folder_with_an_input_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data/P1").mkdir(parents=True)
+    lines = HeldLog()
+    with (
+        pytest.raises(ConfigError) as caught,
+        RunFolder(tmp_path, "pretrain", lines, overwrite=True, inputs=[tmp_path / "data"]),
+    ):
+        pass
+    assert caught.value.code == "out_holds_source"
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    with lines, RunFolder(tmp_path, "pretrain", lines, overwrite=True) as folder:
+        folder.inputs = (tmp_path / "data",)  # as if it had come while the run was prepared
+        with pytest.raises(ConfigError, match="more than old results"):
+            folder.begin()
+    assert (tmp_path / "data/P1").is_dir()
+
+
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
