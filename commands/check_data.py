@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from medssl_cli.core.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,14 +22,17 @@ _LINES = 20
 def run(
     source: Annotated[Path, typer.Argument(help="Case tree, image tree, or CSV with one row for each series.")],
     task: Annotated[
-        str | None, typer.Option(help="pretrain, images or classify; by default what fits the source.")
+        Literal["pretrain", "images", "classify"] | None, typer.Option(help="By default what fits the source.")
     ] = None,
     sequences: Annotated[
         str, typer.Option(help="Sequences of each case, joined by commas; the first is the reference grid.")
     ] = "ax_t2wi,ax_adc,ax_dwi",
     split_csv: Annotated[
         list[Path] | None,
-        typer.Option(help="CSV of ids, or a folder with train.csv, val.csv, test.csv; may be given several times."),
+        typer.Option(
+            metavar="FILE",
+            help="CSV of ids, or a folder with train.csv, val.csv, test.csv; may be given several times.",
+        ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with an id column, for --task classify.")] = None,
     target: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
@@ -41,14 +47,13 @@ def run(
     fix_csv: Annotated[Path | None, typer.Option(help="Write a CSV of the cases without error.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
     on_error: Annotated[
-        str, typer.Option(help="stop: exit code 3 when there is an error; skip: exit code 4, bad cases are listed.")
+        Literal["stop", "skip"],
+        typer.Option(help="stop: exit code 3 when there is an error; skip: exit code 4, bad cases are listed."),
     ] = "stop",
     workers: Annotated[int | None, typer.Option(help="Processes; by default one less than there are CPUs.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Read every case and list what is wrong with it."""
-    if on_error not in ("stop", "skip"):
-        raise typer.BadParameter("stop or skip", param_hint="--on-error")
     from medssl_cli.services.check_data import check_data
 
     result = check_data(
@@ -99,18 +104,17 @@ def _print(result: CheckResult) -> None:
     from rich.text import Text
 
     colours = {"error": "red", "warning": "yellow", "info": "blue"}
-    report = result.report
     if result.findings:
         table = Table("severity", "code", "findings", "cases", "for example", box=None, pad_edge=False)
         for severity, code, n, cases, first in result.counts():
             case = f"{first.case_id}: " if first.case_id else ""
             table.add_row(Text(severity, colours[severity]), code, str(n), str(cases), Text(case + first.message))
-        Console(highlight=False, soft_wrap=False).print(table)
+        # rich leaves bold and underline in a terminal that asks for no colour
+        plain = {"color_system": None} if os.environ.get("NO_COLOR") else {}
+        Console(highlight=False, soft_wrap=False, **plain).print(table)
     errors = [f for f in result.findings if f.severity == "error"]
     for finding in errors[:_LINES]:
         typer.echo(f"error {finding.code} {finding.case_id or 'data set'}: {finding.path}: {finding.message}")
     if len(errors) > _LINES:
-        typer.echo(f"and {len(errors) - _LINES} more errors")
-    typer.echo(f"{report['n_ok']} of {report['n_cases']} cases without error ({report['task']})")
-    if result.out is not None:
-        typer.echo(f"written to {result.out}: check_data.json, check_data.html")
+        typer.echo(f"and {counted(len(errors) - _LINES, 'error')} more")
+    typer.echo(result.summary())

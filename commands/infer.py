@@ -22,8 +22,9 @@ def run(
     ] = None,
     heatmap: Annotated[bool, typer.Option("--heatmap", help="Add a heat map on the grid of the input.")] = False,
     out: Annotated[
-        Path, typer.Option(help="Folder for the results; one sub-folder a case if there are several.")
-    ] = Path("out"),
+        Path | None,
+        typer.Option(help="Folder for the results; one sub-folder a case if there are several. [default: out/CASE]"),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Hottest slices that are listed and shown.")] = 5,
     sequence: Annotated[
         str | None, typer.Option(help="Which of the model's sequences a single NIfTI file is; default: by its name.")
@@ -37,14 +38,15 @@ def run(
 ) -> None:
     """Look at cases through a backbone: embeddings, heat map, report."""
     from medssl_cli.commands.progress import progress_bar
-    from medssl_cli.services.infer import InferRequest, infer
+    from medssl_cli.services.infer import InferRequest, default_out, infer
 
+    words = tuple(word for word in cases if not _is_override(word))
     request = InferRequest(
-        cases=tuple(word for word in cases if not _is_override(word)),
+        cases=words,
         overrides=tuple(word for word in cases if _is_override(word)),
         model=model,
         heatmap=heatmap,
-        out=out,
+        out=out or default_out(words),
         top_k=top_k,
         sequence=sequence,
         device=device,

@@ -20,6 +20,7 @@ from medssl_cli.core import case as core
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import GRID_TOLERANCE_MM, Volume, affine_spacing, grid_difference
+from medssl_cli.core.wording import counted
 from medssl_cli.data.images import ImageHeader, check_finite, is_image, read_header, read_image, read_volume
 from medssl_cli.data.manifest import IMAGE, Ids, Owner, read_case
 from medssl_cli.data.sequences import choose_sequence
@@ -162,18 +163,26 @@ def check_geometry(case: Case) -> list[Finding]:
     for name, header in headers.items():
         by_shape.setdefault(header.shape[:3], {})[name] = header
     alike = [finding for same in by_shape.values() for finding in _grid_findings(case.case_id, same)]
-    return findings + [finding for finding in alike if finding.code in ("grid_orientation", "grid_position")]
+    findings += [finding for finding in alike if finding.code in ("grid_orientation", "grid_position")]
+    reference = next(iter(headers), "")
+    for name, header in headers.items():
+        if header.shape[:3] != headers[reference].shape[:3]:
+            message = f"{name} is resampled to the grid of {reference}."
+            findings.append(Finding("warning", "grid_resampled", case.case_id, str(header.path), message))
+    return findings
 
 
 def _choice_findings(folder: Path, case: Case) -> list[Finding]:
     found = []
     for name, sequence in case.sequences.items():
         choice = choose_sequence(folder, name)
-        for code, message in choice.warnings if choice else ():
+        index = "" if sequence.volume_index is None else f", volume {sequence.volume_index}"
+        warnings = dict(choice.warnings) if choice else {}
+        for code, message in warnings.items():
+            message += index if code == "dwi_candidates" else ""
             fix = "keep one file for each sequence, named as asked for, or leave it as it is"
             found.append(Finding("warning", code, case.case_id, str(sequence.path), message, fix))
-        if "dwi" in name.lower():
-            index = "" if sequence.volume_index is None else f", volume {sequence.volume_index}"
+        if "dwi" in name.lower() and "dwi_candidates" not in warnings:  # which tells the choice as well
             message = f"{name}: {sequence.path.name}{index}"
             found.append(Finding("info", "dwi_choice", case.case_id, str(sequence.path), message))
     return found
@@ -325,7 +334,7 @@ def _anisotropy_findings(case_id: str, headers: Mapping[str, ImageHeader]) -> li
         if max(sizes) > MAX_ANISOTROPY * min(sizes):
             shown = " x ".join(f"{mm:.3g}" for mm in sizes[::-1])
             ratio = max(sizes) / min(sizes)
-            message = f"{name} has voxels of {shown} mm: the longest edge is {ratio:.1f} times the shortest."
+            message = f"{name} has voxels of {shown} mm: the longest edge is {ratio:.2f} times the shortest."
             fix = "keep to axial slices, or let training resample for random axes"
             return [Finding("warning", "anisotropy", case_id, str(header.path), message, fix)]
         break
@@ -345,6 +354,7 @@ def _check_roi(checked: CheckedCase, root: Path, rules: CaseRules, headers: Mapp
         return
     try:
         header = read_header(mask)
+        checked.findings += [f for f in header_findings(header, case_id) if f.code != "dtype"]  # any type holds 0 and 1
         _refuse_shape(header, core.Sequence(rules.roi, mask))
         _refuse_size(header)
         volume = read_volume(mask)
@@ -368,7 +378,7 @@ def _roi_findings(case_id: str, path: Path, roi: Volume, min_pixels: int) -> lis
         fix = "draw it again, or remove the file: the middle of the image is used then"
         return [Finding("warning", "roi_empty", case_id, str(path), "The ROI holds no voxel.", fix)]
     if largest < min_pixels:
-        message = f"The largest slice of the ROI has {largest} pixels, {min_pixels} are asked for."
+        message = f"The largest slice of the ROI has {counted(largest, 'pixel')}, {min_pixels} are asked for."
         return [Finding("warning", "roi_small", case_id, str(path), message, "draw it again, or drop the case")]
     return []
 
@@ -421,7 +431,8 @@ def check_channels(channels: Mapping[str, int]) -> list[Finding]:
         return []
     rare = min(kinds, key=lambda n: (kinds[n], n))
     shown = ", ".join(name for name, n in channels.items() if n == rare)[:200]
-    message = f"{' and '.join(f'{n} images of {c} channels' for c, n in sorted(kinds.items()))}; the fewer: {shown}"
+    shares = (f"{counted(n, 'image')} of {counted(c, 'channel')}" for c, n in sorted(kinds.items()))
+    message = f"{' and '.join(shares)}; the fewer: {shown}"
     return [Finding("warning", "channels_mixed", "", "", message, "convert all to grey or all to colour")]
 
 
@@ -441,7 +452,7 @@ def check_labels(labels: Mapping[str, str], source: Path) -> list[Finding]:
         found.append(Finding("error", "label_single", "", str(source), message, "check --target"))
     for label, n in sorted(counts.items()):
         if n < 3 and len(counts) > 1:
-            message = f"The class {label!r} has {n} cases: it cannot stand in train, val and test."
+            message = f"The class {label!r} has {counted(n, 'case')}: it cannot stand in train, val and test."
             found.append(Finding("warning", "label_rare", "", str(source), message, "join classes or add cases"))
     return found
 

@@ -163,10 +163,11 @@ def check_finite(path: Path, array: np.ndarray) -> None:
         return
     bad = ~np.isfinite(array)
     if bad.any():
+        n = int(bad.sum())
         where = tuple(int(i) for i in np.argwhere(bad)[0][::-1])
         raise _fault(
             path,
-            f"{int(bad.sum())} voxels are NaN or infinite.",
+            f"{counted(n, 'voxel')} {'is' if n == 1 else 'are'} NaN or infinite.",
             "voxels_nonfinite",
             f"first at voxel {where}",
             "mask or replace them before training",

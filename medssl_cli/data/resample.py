@@ -19,6 +19,12 @@ from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing, g
 LABEL_TOKENS = ("roi", "mask", "seg", "label", "labels", "segmentation")
 """A stem with one of these words is a label map and keeps its values."""
 
+REGION_TOKENS = ("lesion", "gland", "prostate", "tumor", "tumour", "pz", "tz")
+"""So is a stem with the name of a region, if the file holds few whole numbers: an image may be named after it, too."""
+
+MAX_CLASSES = 64
+"""A file named after a region that holds more values than these is an image."""
+
 MIN_WHOLE_RANGE = 100
 """Interpolated whole numbers are rounded back only if a step is at most 1 % of what they span."""
 
@@ -44,8 +50,23 @@ class Grid:
 
 
 def is_label(stem: str) -> bool:
-    """Whether a file holds classes rather than intensities, told by its name."""
-    return bool(set(re.split(r"[^a-z0-9]+", stem.lower())) & set(LABEL_TOKENS))
+    """Whether a file tells where something is rather than how bright, by its name: nothing to register by."""
+    return bool(_words(stem) & {*LABEL_TOKENS, *REGION_TOKENS})
+
+
+def holds_classes(stem: str, array: np.ndarray) -> bool:
+    """Whether values between two others mean nothing in a file, so that it is never interpolated.
+
+    A probability map ``lesion`` and an image ``t2_prostate`` hold no classes, whatever their names say.
+    """
+    words = _words(stem)
+    if words & set(LABEL_TOKENS) or not words & set(REGION_TOKENS):
+        return bool(words & set(LABEL_TOKENS))
+    return is_whole(array) and np.unique(array).size <= MAX_CLASSES
+
+
+def _words(stem: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", stem.lower()))
 
 
 def resample_to(

@@ -34,8 +34,10 @@ from medssl_cli.core.run import (
 )
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import VOLUME_SUFFIXES, check_finite, read_volume, volume_stem, write_volume
-from medssl_cli.data.resample import is_label, register_affine, resample_to, transform_matrix
-from medssl_cli.services.worker_pool import ordered_map, terminate_as_interrupt
+from medssl_cli.data.manifest import Table, read_table
+from medssl_cli.data.resample import holds_classes, is_label, register_affine, resample_to, transform_matrix
+from medssl_cli.services.worker_pool import ordered_map, told_interrupts
+from medssl_cli.services.wording import counted, first_and_more, up_to_date
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +107,13 @@ class AlignResult:
         """The error to end with: None, partial failure, or data rejected."""
         if not self.failures:
             return None
-        where = "\n".join(f"{case} {path}: {reason}" for case, path, reason, _ in self.failures[:5])
-        listed = f"all are listed in {hide_home(str(self.request.out / 'failures.csv'))}"
-        fix = f"{self.failures[0][3]}; {'nothing was replaced' if self.dry_run else listed}"
-        what = f"{len(self.failures)} volumes could not be aligned"
+        table = None if self.dry_run else self.request.out / "failures.csv"
+        where = first_and_more([f"{case} {path}: {reason}" for case, path, reason, _ in self.failures], table)
+        case, path, _, fix = self.failures[0]
+        if len({failure[3] for failure in self.failures}) > 1:
+            fix = f"{case} {path}: {fix}"
+        fix += "; nothing was replaced" if self.dry_run else ""
+        what = f"{counted(len(self.failures), 'volume')} could not be aligned"
         if self.stopped:
             fix = f"{fix}; --on-error skip goes on with the other cases"
             return DataError(f"{what}, and the run stopped there.", where=where, fix=fix, code="align_failed")
@@ -120,10 +125,8 @@ class AlignResult:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        up_to_date = f", {self.count('up_to_date')} were up to date" if self.count("up_to_date") else ""
-        return (
-            f"{self.n_cases} cases; aligned: {self.count('aligned')} volumes{up_to_date}; {len(self.failures)} failed"
-        )
+        aligned = f"{counted(self.count('aligned'), 'volume')}{up_to_date(self.count('up_to_date'))}"
+        return f"{counted(self.n_cases, 'case')}; aligned: {aligned}; {len(self.failures)} failed"
 
     def report(self) -> dict[str, Any]:
         """``convert_report.json``."""
@@ -149,13 +152,15 @@ def align_tree(request: AlignRequest, progress: Callable[[int, int], None] = lam
     """Bring every sequence of every case onto the grid of one of them.
 
     Raises:
-        ConfigError: An option or output folder that cannot be used.
-        DataError: The tree is missing or holds no case.
+        ConfigError: An option or output folder that cannot be used, or a reference that no case has.
+        DataError: The tree is missing or holds no case, or its table of patients cannot be read.
     """
     started = time.time()
     tasks = _tasks(request)
+    _check_reference(request, tasks)
+    labels = read_table(request.root / "labels.csv") if (request.root / "labels.csv").is_file() else None
     would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=[request.root])
-    with terminate_as_interrupt(), locked(request.out, "output folder"):
+    with told_interrupts(request.out), locked(request.out, "output folder"):
         if would_go:  # nothing goes before the tree is known to hold something to put in its place
             planned = AlignResult(request, started, len(tasks), dry_run=True)
             _align_all(planned, [replace(task, dry_run=True) for task in tasks], progress)
@@ -164,7 +169,7 @@ def align_tree(request: AlignRequest, progress: Callable[[int, int], None] = lam
         claim_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=[request.root])
         result = AlignResult(request, started, len(tasks))
         _align_all(result, tasks, progress)
-        _write_tables(result)
+        _write_tables(result, labels)
     return result
 
 
@@ -235,12 +240,13 @@ def _align_one(task: AlignTask, stem: str, path: Path, source: Path, reference: 
         name = f"{task.case_id}/{target.name}"
         return Aligned(task.case_id, stem, name, "planned", reference.shape[0], reference.spacing)
     transform, metric = register_affine(_first(volume), reference) if does_register else (None, None)
-    moved = resample_to(volume, reference, nearest=is_label(stem), transform=transform)
+    is_nearest = holds_classes(stem, volume.array)
+    moved = resample_to(volume, reference, nearest=is_nearest, transform=transform)
     information = None if metric is None else round(-metric, 6)
     record: dict[str, Any] = {
         "align_digest": digest,
         "aligned_to": request.reference,
-        "interpolation": "nearest" if is_label(stem) else "linear",
+        "interpolation": "nearest" if is_nearest else "linear",
         "registered": does_register,
         "transform_ras": None if transform is None else np.round(transform_matrix(transform), 9),
         "mutual_information": information,
@@ -344,6 +350,19 @@ def _tasks(request: AlignRequest) -> list[AlignTask]:
     return tasks
 
 
+def _check_reference(request: AlignRequest, tasks: Sequence[AlignTask]) -> None:
+    stems = sorted({stem for task in tasks for stem in task.files})
+    if request.reference in stems:
+        return
+    near = difflib.get_close_matches(request.reference, stems, n=1)
+    raise ConfigError(
+        f"--reference {request.reference}: no case has such a sequence.",
+        where=f"there are {', '.join(stems[:12])}{f' and {len(stems) - 12} more' if len(stems) > 12 else ''}",
+        fix=f"did you mean {near[0]}?" if near else "choose one of them",
+        code="reference_unknown",
+    )
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """NIfTI files by stem; ``.nii`` wins over ``.nii.gz``."""
     files: dict[str, Path] = {}
@@ -354,13 +373,24 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _write_tables(result: AlignResult) -> None:
+def _write_tables(result: AlignResult, labels: Table | None) -> None:
     out = result.request.out
     write_failures(out / "failures.csv", result.failures)
     write_json(out / "convert_report.json", result.report())
     table = result.request.root / "cases.csv"
     if table.is_file():
         _write_cases(table, out / "cases.csv", result.outputs)
+    if labels is not None:
+        _write_labels(labels, out)
+
+
+def _write_labels(labels: Table, out: Path) -> None:
+    """The labels of the source for the cases that are here, so that patients and classes stay known."""
+    rows, column = labels.rows, labels.find(("case_id",))
+    if column is not None:
+        here = {path.parent.name for path in out.glob("[!.]*/[!.]*.nii.gz")}
+        rows = tuple(row for row, name in zip(rows, labels.column(column), strict=True) if name in here)
+    write_csv(out / "labels.csv", labels.header, rows)
 
 
 def _write_cases(table: Path, target: Path, outputs: Sequence[Aligned]) -> None:

@@ -28,6 +28,7 @@ from medssl_cli.core.run import (
     write_json,
 )
 from medssl_cli.core.volume import AXIAL, Volume
+from medssl_cli.core.wording import counted
 from medssl_cli.data.checks import (
     CaseRules,
     CheckedCase,
@@ -73,6 +74,7 @@ from medssl_cli.services.worker_pool import ordered_map
 log = logging.getLogger(__name__)
 
 COMMAND = "check-data"
+REPORT, PAGE, FAILURES = "check_data.json", "check_data.html", "failures.csv"
 TASKS = ("pretrain", "images", "classify")
 LATER_TASKS = ("segment", "ct-pet", "coco")
 SEVERITIES = ("error", "warning", "info")
@@ -136,6 +138,15 @@ class CheckResult:
         rows = [(s, c, len(g), len({f.case_id for f in g}), g[0]) for (s, c), g in groups.items()]
         return sorted(rows, key=lambda row: (SEVERITIES.index(row[0]), -row[3], row[1]))
 
+    def summary(self) -> str:
+        """The last lines for a terminal: how many cases are fine, and what was written."""
+        r = self.report
+        lines = [f"{r['n_ok']} of {counted(r['n_cases'], 'case')} without error ({r['task']})"]
+        if self.out is not None:
+            files = [REPORT, PAGE, *([FAILURES] if r["errors"] else [])]
+            lines.append(f"written to {self.out}: {', '.join(files)}")
+        return "\n".join(lines)
+
     def raise_if_bad(self) -> None:
         """End with exit code 3 when there is an error; 4 when bad cases were to be skipped.
 
@@ -147,15 +158,18 @@ class CheckResult:
         if not errors:
             return
         bad = {f.case_id for f in errors}
-        what = f"{len(errors)} errors in {len(bad)} of {self.report['n_cases']} cases."
-        where = "\n".join(f"{f.case_id or 'the data set'}: {f.code}" for f in errors[:8])
-        more = f"\nand {len(errors) - 8} more" if len(errors) > 8 else ""
+        of_all = f"{len(bad)} of {counted(self.report['n_cases'], 'case')}"
+        what = f"{counted(len(errors), 'error')} in {of_all if any(bad) else 'the data set'}."
+        every = f"all in {hide_home(str(self.out / REPORT))}" if self.out is not None else "--out DIR writes them all"
+        where = f"first: {errors[0].case_id or 'the data set'} {errors[0].code}; {every}"
+        own = {f.fix for f in errors}
+        mend = own.pop() if len(own) == 1 and "" not in own else "mend the files"
         skippable = all(f.case_id and not f.code.endswith("_across_splits") for f in errors)
         if self.on_error == "skip" and skippable and len(bad) < self.report["n_cases"]:
-            fix = "failures.csv lists them; train on the others with --split-csv and the file of --fix-csv"
-            raise PartialFailure(what, where=where + more, fix=fix, code="check_failed")
-        fix = "mend the files, or write a CSV without these cases with --fix-csv FILE"
-        raise DataError(what, where=where + more, fix=fix, code="check_failed")
+            fix = f"{mend}; or train on the others with --split-csv and the file of --fix-csv"
+            raise PartialFailure(what, where=where, fix=fix, code="check_failed")
+        fix = f"{mend}; or write a CSV without these cases with --fix-csv FILE"
+        raise DataError(what, where=where, fix=fix, code="check_failed")
 
 
 def check_data(
@@ -226,10 +240,10 @@ def check_data(
         if fix_csv is not None:
             _write_fixed(fix_csv, source, kind, split_csv, jobs, shown)
         if out is not None and page is not None:
-            write_json(out / "check_data.json", report)
+            write_json(out / REPORT, report)
             errors = [(f.case_id, f.path, f.message, f.fix) for f in shown if f.severity == "error"]
-            write_failures(out / "failures.csv", errors)
-            page.write(out / "check_data.html", result)
+            write_failures(out / FAILURES, errors)
+            page.write(out / PAGE, result)
     return result
 
 
@@ -546,7 +560,7 @@ class _Gallery:
         """The whole page: numbers, findings by kind, errors and warnings one by one, cases with pictures."""
         r = result.report
         n_bad = r["n_cases"] - r["n_ok"]
-        verdict = "No error was found." if not r["errors"] else f"{n_bad} of {r['n_cases']} cases have an error."
+        verdict = "No error was found." if not r["errors"] else f"{n_bad} of {counted(r['n_cases'], 'case')} {'has' if n_bad == 1 else 'have'} an error."
         page = Page(f"Data check of {Path(r['source']).name}", lead=verdict)
         page.facts(
             {
@@ -572,7 +586,7 @@ class _Gallery:
         page.heading("Cases")
         page.text("Slices as radiologists look at them: the patient's right is on the left. The line is the ROI.")
         if self._left_out:
-            page.note(f"{self._left_out} cases without room here are in check_data.json.", "info")
+            page.note(f"Without room here, in check_data.json: {counted(self._left_out, 'case')}.", "info")
         page.cards((anchors[case_id], content) for case_id, content, _ in cards)
         page.write(path)
 

@@ -37,7 +37,8 @@ from medssl_cli.data.dicom_engines import ENGINES, engine_version
 from medssl_cli.data.dicom_tags import Pseudonyms, open_pseudonyms, planned_pseudonyms
 from medssl_cli.data.series_rules import SeriesRules, read_mapping
 from medssl_cli.services.convert_case import CaseOptions, CaseResult, CaseTask, Failure, Output, convert_case, output_of
-from medssl_cli.services.worker_pool import OrderedMap, ordered_map, terminate_as_interrupt
+from medssl_cli.services.worker_pool import OrderedMap, ordered_map, told_interrupts
+from medssl_cli.services.wording import counted, first_and_more, up_to_date
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,10 @@ class ConvertResult:
         if not self.failures:
             return None
         first = self.failures[0]
-        where = "\n".join(failure.reason for failure in self.failures[:5])
-        more = len(self.failures) - 5
-        where += f"\nand {more} more" if more > 0 else ""
-        listed = (
-            "" if self.request.dry_run else f"; all are listed in {hide_home(str(self.request.out / 'failures.csv'))}"
-        )
-        fix = f"{first.fix}{listed}"
+        table = None if self.request.dry_run else self.request.out / "failures.csv"
+        where = first_and_more([failure.reason for failure in self.failures], table)
+        has_kinds = len({failure.fix for failure in self.failures}) > 1
+        fix = f"{first.name}: {first.fix}" if has_kinds else first.fix
         count = f"{len(self.failures)} series {'was' if len(self.failures) == 1 else 'were'} refused"
         if self.stopped:
             return DataError(
@@ -106,12 +104,12 @@ class ConvertResult:
     def summary(self) -> str:
         """One or two lines for the terminal."""
         other = f", {self.scan.n_other} of them no DICOM image" if self.scan.n_other else ""
-        lines = [f"{self.scan.n_files} files{other}; {len(self.scan.series)} series; {self.n_cases} cases"]
+        files, cases = counted(self.scan.n_files, "file"), counted(self.n_cases, "case")
+        lines = [f"{files}{other}; {len(self.scan.series)} series; {cases}"]
         if self.request.dry_run:
-            lines.append(f"planned: {len(self.outputs)} volumes, {self.count('up_to_date')} of them up to date")
+            lines.append(f"planned: {counted(len(self.outputs), 'volume')}, {self.count('up_to_date')} of them up to date")
         else:
-            up_to_date = f", {self.count('up_to_date')} were up to date" if self.count("up_to_date") else ""
-            lines.append(f"converted: {self.count('converted')} volumes{up_to_date}")
+            lines.append(f"converted: {counted(self.count('converted'), 'volume')}{up_to_date(self.count('up_to_date'))}")
         lines[-1] += f"; {len(self.failures)} series refused; {len(self.unmatched)} left alone"
         return "\n".join(lines)
 
@@ -166,7 +164,7 @@ def convert_dicom(
     _check_reference(request, rules)
     version = engine_version(request.engine)
     workers = worker_count(request.workers)
-    with terminate_as_interrupt():
+    with told_interrupts(request.out):
         if request.dry_run:
             pseudonyms = planned_pseudonyms(request.out) if request.anonymize else None
             return _run(request, rules, version, pseudonyms, workers, started, progress)
@@ -295,6 +293,13 @@ def _check_request(request: ConvertRequest) -> None:
             where=f"SOURCE {hide_home(str(source))}, OUT {hide_home(str(out))}",
             fix="choose an output folder beside the source",
             code="out_holds_source",
+        )
+    if out.is_relative_to(source):
+        raise ConfigError(
+            "The output folder lies in the source, whose next search would meet the results.",
+            where=f"SOURCE {hide_home(str(source))}, OUT {hide_home(str(out))}",
+            fix="choose an output folder beside the source",
+            code="out_in_source",
         )
     _check_same_privacy(request)
 

@@ -27,7 +27,7 @@ from medssl_cli.data.dicom_tags import Pseudonyms, kept_tags
 from medssl_cli.data.diffusion import combine_directions, round_b
 from medssl_cli.data.images import read_header as read_nifti_header
 from medssl_cli.data.images import write_volume
-from medssl_cli.data.resample import is_label, resample_to
+from medssl_cli.data.resample import holds_classes, resample_to
 from medssl_cli.data.series_rules import Rule, SeriesRules, diffusion_stem, named_b, preference
 
 FORMAT = 2
@@ -106,6 +106,12 @@ class Failure:
     description: str = ""
     stem: str = ""
 
+    @property
+    def name(self) -> str:
+        """What was refused, in a few words: the series, or the file where none was readable."""
+        series = " ".join(word for word in (self.series_number, self.description) if word)
+        return f"series {series}" if series else self.path or f"case {self.case_id}"
+
 
 @dataclass
 class CaseResult:
@@ -150,6 +156,8 @@ def convert_case(task: CaseTask) -> CaseResult:
             leftover.unlink()
     reference = task.options.reference if task.options.align else None
     if reference is not None:
+        reference = _resolved(reference, plans)
+        task = replace(task, options=replace(task.options, reference=reference))
         plans = _reference_first(task, plans, reference, result)
     grid: tuple[Volume, str] | None = None
     for plan in plans:
@@ -406,6 +414,14 @@ def _leave(task: CaseTask, result: CaseResult, entry: SeriesEntry, reason: str) 
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
+def _resolved(reference: str, plans: Sequence[_Plan]) -> str:
+    """The stem of the reference in this case: of a sequence that is split by b-value the highest one."""
+    split = [plan for plan in plans if plan.b is not None and plan.stem == diffusion_stem(reference, plan.b)]
+    if not split or any(plan.stem == reference for plan in plans):
+        return reference
+    return max(split, key=lambda plan: plan.b or 0).stem
+
+
 def _reference_first(task: CaseTask, plans: list[_Plan], reference: str, result: CaseResult) -> list[_Plan]:
     """The reference before the others; without it all others fail, since their grid is unknown."""
     first = [plan for plan in plans if plan.stem == reference]
@@ -485,15 +501,17 @@ def _convert(task: CaseTask, plan: _Plan, digest: str, grid: Volume | None) -> O
     finally:
         shutil.rmtree(work, ignore_errors=True)
     volume = _small_type(volume)
+    is_nearest = holds_classes(plan.stem, volume.array)
     n_slices = plan.geometry.shape[0]
     spacing = plan.geometry.spacing
     if grid is not None:
         if b_vectors is not None and not np.allclose(_directions(volume), _directions(grid), atol=1e-3):
             b_vectors, how = None, f"{how}; gradient directions left out: they belong to the original axes"
-        volume = resample_to(volume, grid, nearest=is_label(plan.stem))
+        volume = resample_to(volume, grid, nearest=is_nearest)
         n_slices, spacing = grid.shape[0], grid.spacing
     record = _record(task, plan, digest, grid, n_slices, spacing)
     record["made"] = how
+    record["interpolation"] = None if grid is None else "nearest" if is_nearest else "linear"
     return _write(task, plan, volume, b_vectors, record)
 
 
@@ -546,7 +564,6 @@ def _record(
         "engine_version": options.engine_version,
         "anonymized": options.pseudonyms is not None,
         "aligned_to": options.reference if grid is not None else None,
-        "interpolation": None if grid is None else "nearest" if is_label(plan.stem) else "linear",
         "note": plan.note,
     }
 

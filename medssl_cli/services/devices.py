@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from medssl_cli.core.errors import ConfigError, ResourceError
+from medssl_cli.core.wording import counted
 
 
 def resolve_device(name: str) -> torch.device:
@@ -18,7 +19,12 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ConfigError(f"There is no device {name!r}.", fix="use auto, cpu, cuda or cuda:N", code="device_unknown")
+        raise ConfigError(
+            f"There is no device {name!r}.",
+            where=f"--device {name}",
+            fix="use auto, cpu, cuda or cuda:N",
+            code="device_unknown",
+        )
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -27,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
         build = torch.version.cuda or "no CUDA"
         raise ResourceError(
             f"The device {name} is absent.",
-            where=f"{count} CUDA devices; torch {torch.__version__} was built for {build}",
+            where=f"{counted(count, 'CUDA device')}; torch {torch.__version__} was built for {build}",
             fix="pass --device cpu, free a GPU, or install a CUDA build of torch; `medssl doctor` tells more",
             code="device_absent",
         )

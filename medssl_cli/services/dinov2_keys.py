@@ -23,7 +23,8 @@ RENAMED = {
     "train.auto_epoch_length": "train.OFFICIAL_EPOCH_LENGTH",
     "logging.log_period_iterations": "train.log_period_iterations",
 }
-"""Dotted key of other DINOv2 files, and the key here that means it."""
+"""Dotted key of other DINOv2 files, and the key here that means it and counts where both are given. Only a true
+`auto_epoch_length` stands above an epoch length, beside which such files always have it."""
 
 
 def set_aside(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -77,6 +77,12 @@ class InferResult:
         return to_json(self.facts)
 
 
+def default_out(words: tuple[str, ...]) -> Path:
+    """``out/<case>`` for one case, so that the next one does not replace it, and ``out`` for several."""
+    cases = named_cases(words)
+    return Path("out") / cases[0].name if len(cases) == 1 else Path("out")
+
+
 def infer(request: InferRequest, *, progress: Progress | None = None) -> InferResult:
     """Look at one case or several with one model; ``progress`` is told cases done, or slices of the only case.
 

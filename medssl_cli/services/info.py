@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medssl_cli.core.errors import CheckpointError
-from medssl_cli.core.run import hide_home, result_header, to_json
+from medssl_cli.core.errors import CheckpointError, ConfigError
+from medssl_cli.core.run import LOCK, hide_home, result_header, to_json
 from medssl_cli.services.lookup import EXPORT, find_model, run_status
 
 MAX_HEADER_BYTES = 100_000_000
@@ -37,6 +38,7 @@ def info(path: Path | None) -> Info:
     """Describe a run folder or a weight file; the newest finished run when none is named.
 
     Raises:
+        ConfigError: Nothing lies at ``path``.
         CheckpointError: Neither a run nor a safetensors file.
     """
     started = time.time()
@@ -54,8 +56,11 @@ def _facts(path: Path) -> dict[str, Any]:
         return _describe_run(path)
     if path.is_file():
         return _describe_weights(path)
-    raise CheckpointError(
-        "There is no such run or file.", where=str(path), fix="name a run folder or a .safetensors file"
+    raise ConfigError(
+        "There is no such run or file.",
+        where=str(path),
+        fix="name a run folder or a .safetensors file",
+        code="model_missing",
     )
 
 
@@ -71,6 +76,8 @@ def _describe_run(run: Path) -> dict[str, Any]:
     record = _read_object(run / "run.json", "not_a_run")
     steps = sorted(p.name for p in (run / "checkpoints").glob("step_*") if p.is_dir())
     facts: dict[str, Any] = {"kind": "run", "path": hide_home(str(run)), "status": status}
+    if status == "running" and not _is_held(run):
+        facts["status"] = _interrupted(steps)
     facts |= {
         key: record[key]
         for key in ("recipe", "step", "total_steps", "device", "sequences", "data_digest", "split_digest", "versions")
@@ -81,6 +88,25 @@ def _describe_run(run: Path) -> dict[str, Any]:
     if export.is_file():
         facts["export"] = _describe_weights(export)
     return facts
+
+
+def _is_held(run: Path) -> bool:
+    """Whether a process works on ``run``; one that was killed has lost the lock and could not say so in ``run.json``."""
+    try:
+        with (run / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two readers do not take each other for a run
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file system without locks, or a lock that may not be read: run.json is all there is
+        return True
+    return False
+
+
+def _interrupted(steps: Sequence[str]) -> str:
+    at = f"at step {int(steps[-1].removeprefix('step_'))}" if steps else "before its first checkpoint"
+    return f"interrupted {at}; the same command resumes"
 
 
 def _describe_weights(path: Path) -> dict[str, Any]:
@@ -126,19 +152,22 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= MAX_HEADER_BYTES:
-                raise ValueError(f"header length {length}")
+                raise ValueError("its first bytes are no header length")
             header = json.loads(file.read(length))
         end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
         if path.stat().st_size != 8 + length + end:
-            raise ValueError(f"{path.stat().st_size} bytes instead of {8 + length + end}")
+            raise _refused(
+                "The safetensors file is not whole.", f"{path}: {path.stat().st_size} bytes instead of {8 + length + end}"
+            )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            "This is not a whole safetensors file.",
-            where=f"{path}: {str(error)[:200]}",
-            fix="name a run folder, or a .safetensors file; `medssl convert weights` makes one of other formats",
-            code="weights_unreadable",
-        ) from error
+        raise _refused("This is not a safetensors file.", f"{path}: {str(error)[:200]}") from error
     return header
+
+
+def _refused(what: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        what, where=where, fix="name a run folder, or a whole .safetensors file", code="weights_unreadable"
+    )
 
 
 def _size(shape: list[int]) -> int:

@@ -131,6 +131,9 @@ def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say:
         config = resolve_config(request)
         _check_request(request)
         device = resolve_device(request.device)
+        if request.config is None:
+            log.warning("No --config: DINOv2's own values are taken (%s, batch %d); see --list-configs for recipes.",
+                        config.student.arch, config.train.batch_size_per_gpu)  # fmt: skip
         for text in config.warnings():
             log.warning("%s", text)
         data = read_training_data(config.data)

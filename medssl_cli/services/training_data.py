@@ -172,7 +172,7 @@ def _in_place(config: DataConfig, cases: list[Case], unreadable: list[Failure]) 
         told.update(finding.code for finding in findings if finding.severity == "warning")
         faults += [finding for finding in findings if finding.severity == "error"][:1]
     for code, count in told.items():
-        log.warning("%s in %d files; `medssl check-data` tells which", code, count)
+        log.warning("%s: %d files; `medssl check-data` tells more", code, count)
     if faults and config.on_error == "stop":
         more = f"\nand {len(faults) - 10} more" if len(faults) > 10 else ""
         raise DataError(

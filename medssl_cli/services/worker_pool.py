@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
-from medssl_cli.core.errors import ResourceError
+from medssl_cli.core.errors import Interrupted, ResourceError
+from medssl_cli.core.run import hide_home
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -39,8 +41,15 @@ def ordered_map(workers: int) -> Iterator[OrderedMap]:
 
 
 @contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that a job that the scheduler ends cleans up and tells how to go on."""
+def told_interrupts(out: Path) -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that a job that the scheduler ends cleans up and tells how to go on.
+
+    Args:
+        out: The folder whose finished parts the message names.
+
+    Raises:
+        Interrupted: Either of them came.
+    """
 
     def stop(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -52,6 +61,13 @@ def terminate_as_interrupt() -> Iterator[None]:
         return
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "Interrupted; finished parts are whole.",
+            where=f"output folder {hide_home(str(out))}",
+            fix="run the same command again to go on",
+            code="interrupted",
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

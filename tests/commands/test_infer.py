@@ -107,3 +107,12 @@ def test_wrong_words_exit_2_and_write_nothing(medssl: Medssl, run: Path, prostat
     assert medssl("infer", "x.nii.gz", *out, "--device", "cuda:99").exit_code == 6
     assert medssl("infer", "x.nii.gz", "--out", tmp_path / "out", "--model", tmp_path / "no").exit_code == 7
     assert not (tmp_path / "out").exists()
+
+
+def test_without_out_each_case_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    from medssl_cli.services.infer import default_out
+
+    (tmp_path / "P1").mkdir()
+    assert default_out((str(tmp_path / "P1"),)) == Path("out/P1")
+    assert default_out((str(tmp_path / "case.nii.gz"),)) == Path("out/case")
+    assert default_out((str(tmp_path / "a.nii"), str(tmp_path / "b.nii"))) == Path("out")
