@@ -22,7 +22,8 @@ _LINES = 20
 def run(
     source: Annotated[Path, typer.Argument(help="Case tree, image tree, or CSV with one row for each series.")],
     task: Annotated[
-        Literal["pretrain", "images", "classify"] | None, typer.Option(help="By default what fits the source.")
+        str | None,
+        typer.Option(metavar="pretrain|images|classify", help="By default what fits the source."),
     ] = None,
     sequences: Annotated[
         str, typer.Option(help="Sequences of each case, joined by commas; the first is the reference grid.")
@@ -110,8 +111,8 @@ def _print(result: CheckResult) -> None:
             case = f"{first.case_id}: " if first.case_id else ""
             table.add_row(Text(severity, colours[severity]), code, str(n), str(cases), Text(case + first.message))
         # rich leaves bold and underline in a terminal that asks for no colour
-        plain = {"color_system": None} if os.environ.get("NO_COLOR") else {}
-        Console(highlight=False, soft_wrap=False, **plain).print(table)
+        colour_system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+        Console(highlight=False, soft_wrap=False, color_system=colour_system).print(table)
     errors = [f for f in result.findings if f.severity == "error"]
     for finding in errors[:_LINES]:
         typer.echo(f"error {finding.code} {finding.case_id or 'data set'}: {finding.path}: {finding.message}")

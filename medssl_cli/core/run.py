@@ -33,6 +33,9 @@ LOCK = ".lock"
 """File in a folder that the process working on it holds; no result, and kept when a folder is replaced."""
 MARKER = ".medssl.json"
 """File in a folder of results that names the command which owns it."""
+ORPHANS_END_S = 20.0
+"""Workers look every 5 seconds whether their parent lives; a killed run's folder is free by then."""
+
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -134,9 +137,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer.writerows(rows)
 
 
-def write_failures(path: Path, failures: Sequence[tuple[str, str, str, str]]) -> None:
-    """``failures.csv`` of a cohort command: (case_id, path, reason, fix); removed when there are none."""
-    if failures:
+def write_failures(path: Path, failures: Sequence[tuple[str, str, str, str]], *, keep_empty: bool = False) -> None:
+    """``failures.csv`` of a cohort command: (case_id, path, reason, fix).
+
+    Without failures it is removed, or holds its header alone with ``keep_empty``.
+    """
+    if failures or keep_empty:
         write_csv(path, ("case_id", "path", "reason", "fix"), failures)
     else:
         path.unlink(missing_ok=True)
@@ -261,18 +267,44 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK).open("a+", encoding="utf-8")
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
+        if not _acquire(file):
             raise ConfigError(
                 f"Another process is working on this {what}.",
-                where=f"{folder} (process {file.read().strip() or 'unknown'})",
+                where=f"{folder} (process {_holder(file) or 'unknown'})",
                 fix="wait for it to end, or choose another --out",
                 code="folder_locked",
-            ) from error
+            )
         _stamp(file)
         yield
+
+
+def _acquire(file: IO[str]) -> bool:
+    """Take the lock; wait while its holder is dead and only orphans of it, loader processes, still hold it."""
+    deadline = time.monotonic() + ORPHANS_END_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            holder = _holder(file)
+            if not holder.isdigit() or _lives(int(holder)) or time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _stamp(file: IO[str]) -> None:

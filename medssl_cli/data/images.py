@@ -16,6 +16,7 @@ from PIL import Image
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import atomic_path
 from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing
+from medssl_cli.core.wording import counted
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")

@@ -6,6 +6,7 @@ The tree is mirrored; sidecars go along and record what was done. Running again 
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import logging
 import time
@@ -33,16 +34,17 @@ from medssl_cli.core.run import (
     write_text,
 )
 from medssl_cli.core.volume import Volume
+from medssl_cli.core.wording import counted
 from medssl_cli.data.images import VOLUME_SUFFIXES, check_finite, read_volume, volume_stem, write_volume
 from medssl_cli.data.manifest import Table, read_table
 from medssl_cli.data.resample import holds_classes, is_label, register_affine, resample_to, transform_matrix
+from medssl_cli.services.wording import first_and_more, up_to_date
 from medssl_cli.services.worker_pool import ordered_map, told_interrupts
-from medssl_cli.services.wording import counted, first_and_more, up_to_date
 
 logger = logging.getLogger(__name__)
 
 COMMAND = "convert align"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,9 @@ class CheckResult:
         errors = [f for f in self.findings if f.severity == "error"]
         if not errors:
             return
-        bad = {f.case_id for f in errors}
+        bad = {f.case_id for f in errors if f.case_id}
         of_all = f"{len(bad)} of {counted(self.report['n_cases'], 'case')}"
-        what = f"{counted(len(errors), 'error')} in {of_all if any(bad) else 'the data set'}."
+        what = f"{counted(len(errors), 'error')} in {of_all if bad else 'the data set'}."
         every = f"all in {hide_home(str(self.out / REPORT))}" if self.out is not None else "--out DIR writes them all"
         where = f"first: {errors[0].case_id or 'the data set'} {errors[0].code}; {every}"
         own = {f.fix for f in errors}
@@ -560,7 +560,11 @@ class _Gallery:
         """The whole page: numbers, findings by kind, errors and warnings one by one, cases with pictures."""
         r = result.report
         n_bad = r["n_cases"] - r["n_ok"]
-        verdict = "No error was found." if not r["errors"] else f"{n_bad} of {counted(r['n_cases'], 'case')} {'has' if n_bad == 1 else 'have'} an error."
+        verdict = (
+            "No error was found."
+            if not r["errors"]
+            else f"{n_bad} of {counted(r['n_cases'], 'case')} {'has' if n_bad == 1 else 'have'} an error."
+        )
         page = Page(f"Data check of {Path(r['source']).name}", lead=verdict)
         page.facts(
             {

@@ -32,13 +32,14 @@ from medssl_cli.core.run import (
     write_failures,
     write_json,
 )
+from medssl_cli.core.wording import counted
 from medssl_cli.data.dicom import Scan, SeriesEntry, scan
 from medssl_cli.data.dicom_engines import ENGINES, engine_version
 from medssl_cli.data.dicom_tags import Pseudonyms, open_pseudonyms, planned_pseudonyms
 from medssl_cli.data.series_rules import SeriesRules, read_mapping
 from medssl_cli.services.convert_case import CaseOptions, CaseResult, CaseTask, Failure, Output, convert_case, output_of
+from medssl_cli.services.wording import first_and_more, up_to_date
 from medssl_cli.services.worker_pool import OrderedMap, ordered_map, told_interrupts
-from medssl_cli.services.wording import counted, first_and_more, up_to_date
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,13 @@ class ConvertResult:
         files, cases = counted(self.scan.n_files, "file"), counted(self.n_cases, "case")
         lines = [f"{files}{other}; {len(self.scan.series)} series; {cases}"]
         if self.request.dry_run:
-            lines.append(f"planned: {counted(len(self.outputs), 'volume')}, {self.count('up_to_date')} of them up to date")
+            lines.append(
+                f"planned: {counted(len(self.outputs), 'volume')}, {self.count('up_to_date')} of them up to date"
+            )
         else:
-            lines.append(f"converted: {counted(self.count('converted'), 'volume')}{up_to_date(self.count('up_to_date'))}")
+            lines.append(
+                f"converted: {counted(self.count('converted'), 'volume')}{up_to_date(self.count('up_to_date'))}"
+            )
         lines[-1] += f"; {len(self.failures)} series refused; {len(self.unmatched)} left alone"
         return "\n".join(lines)
 
@@ -464,7 +469,7 @@ def _write_tables(result: ConvertResult) -> None:
     out = result.request.out
     write_csv(out / "cases.csv", CASES_HEADER, _case_rows(out))
     failures = [(f.case_id, f.path, f.reason, f.fix) for f in result.failures]
-    write_failures(out / "failures.csv", failures)
+    write_failures(out / "failures.csv", failures, keep_empty=True)
     write_json(out / "convert_report.json", result.report())
 
 

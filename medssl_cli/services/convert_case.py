@@ -30,7 +30,7 @@ from medssl_cli.data.images import write_volume
 from medssl_cli.data.resample import holds_classes, resample_to
 from medssl_cli.data.series_rules import Rule, SeriesRules, diffusion_stem, named_b, preference
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same input gives other files, so that a new version converts again."""
 
 VOLUMETRIC = ("CT", "MR", "PT", "NM", "")

@@ -91,7 +91,7 @@ def _describe_run(run: Path) -> dict[str, Any]:
 
 
 def _is_held(run: Path) -> bool:
-    """Whether a process works on ``run``; one that was killed has lost the lock and could not say so in ``run.json``."""
+    """Whether a process works on ``run``; one that was killed lost the lock without a word in ``run.json``."""
     try:
         with (run / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two readers do not take each other for a run
@@ -157,7 +157,8 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
         if path.stat().st_size != 8 + length + end:
             raise _refused(
-                "The safetensors file is not whole.", f"{path}: {path.stat().st_size} bytes instead of {8 + length + end}"
+                "The safetensors file is not whole.",
+                f"{path}: {path.stat().st_size} bytes instead of {8 + length + end}",
             )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise _refused("This is not a safetensors file.", f"{path}: {str(error)[:200]}") from error

@@ -24,7 +24,9 @@ from medssl_cli.core.run import (
     write_json,
     write_text,
 )
+from medssl_cli.core.wording import counted
 from medssl_cli.data.manifest import (
+    ID_ALIASES,
     Owner,
     Table,
     case_ids,
@@ -50,6 +52,15 @@ log = logging.getLogger(__name__)
 
 MAX_CLASSES = 20
 """A column with more values, and one for every fifth case, is a measurement and no class."""
+
+
+MIN_SHARED = 10
+"""Every tenth image at least shares its name with another before a pattern is suggested."""
+
+_SHARED_NAMES = (  # what differs, the pattern that leaves it out, what the rest of a name holds if it is of a patient
+    ("left and right", r"([^/]+?)(?:[_-](?:[LRlr]|O[DS]))?(?:\.\w+)?$", ""),
+    ("a last number", r"([^/]+?)(?:[_-]\d+)?(?:\.\w+)?$", r"\d"),  # not img_001: its img is no patient
+)
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,12 @@ class SplitResult:
     def summary(self) -> str:
         """A few lines for a terminal."""
         r = self.report
-        lines = [f"{r['n_items']} cases in {r['n_groups']} groups, kept together by {r['group_by']}; seed {r['seed']}"]
+        sizes = f"{counted(r['n_items'], 'case')} in {counted(r['n_groups'], 'group')}"
+        lines = [f"{sizes}, kept together by {r['group_by']}; seed {r['seed']}"]
         for name, part in r["splits"].items():
             shares = ", ".join(f"{k} {100 * v:.1f} %" for k, v in (part["prevalence"] or {}).items() if v is not None)
-            lines.append(f"  {name:<6}{part['n_items']:>7} cases {part['n_groups']:>7} groups   {shares}".rstrip())
+            sizes = f"{counted(part['n_items'], 'case'):>13} {counted(part['n_groups'], 'group'):>14}"
+            lines.append(f"  {name:<6}{sizes}   {shares}".rstrip())
         lines += [f"note: {note}" for note in r["notes"]]
         folds = f", fold_0 to fold_{r['folds'] - 1} and splits_final.json" if r["folds"] else ""
         files = ", ".join(f"{name}.csv" for name, count in r["counts"].items() if count)
@@ -124,10 +137,10 @@ def split(
         group_pattern: Regular expression that takes the group from a name.
         stratify: Column or columns, joined by commas, whose classes are spread evenly.
         labels: CSV with an id column for a tree.
-        overwrite: Replace what lies in ``out``.
+        overwrite: Replace what lies in ``out``, another split among it.
 
     Raises:
-        ConfigError: Contradicting options, or an output folder that cannot be used.
+        ConfigError: Contradicting options, or an output folder that cannot be used or holds another split.
         DataError: Unreadable source, unknown columns, too few groups.
     """
     started = time.time()
@@ -145,6 +158,8 @@ def split(
     inputs = [source] if labels is None else [source, labels]
     check_out_folder(out, "split", overwrite=overwrite, inputs=inputs)
     with locked(out, "output folder"):
+        if not overwrite:
+            _refuse_other_split(out, what, parts, pairs)
         claim_out_folder(out, "split", overwrite=overwrite, inputs=inputs)
         _write(out, what, parts, pairs)
         report = {
@@ -227,7 +242,8 @@ def _owner_groups(ids: Sequence[str], owners: Mapping[str, Owner]) -> tuple[dict
 
 def _unowned(ids: Sequence[str], owners: Mapping[str, Owner], level: str) -> tuple[str, ...]:
     alone = [name for name in ids if name not in owners] if level in ("patient_id", "study_uid") else []
-    text = f"{len(alone)} cases are in no table of patients and count as patients of their own: {say_some(alone, 3)}"
+    what = f"{counted(len(alone), 'case')} {'is' if len(alone) == 1 else 'are'} in no table of patients"
+    text = f"{what}, each counted as a patient of its own: {say_some(alone, 3)}"
     return (text,) if alone else ()
 
 
@@ -254,9 +270,29 @@ def _of_images(
     items = tuple(Item(name, groups[name], strata[name]) for name in ids)
     before = {case.split for case in cases} - {""}
     notes = (f"the folders {', '.join(sorted(before))} of the tree were not taken as a split",) if before else ()
+    if level == "case" and (hint := _pattern_hint(ids)):
+        log.warning("warning: %s", hint)
+        notes = (*notes, hint)
     if level == "case":
         return Source(items, level, ("patient_id",), {name: (name,) for name in ids}, notes)
     return Source(items, level, ("patient_id", "group"), {name: (name, groups[name]) for name in ids}, notes)
+
+
+def _pattern_hint(ids: Sequence[str]) -> str:
+    """What to say of images whose names look like several of one patient; empty where few or none do."""
+    for what, pattern, of_patients in _SHARED_NAMES:
+        groups: dict[str, list[str]] = {}
+        for name in ids:
+            match = re.search(pattern, name)
+            groups.setdefault(match[1] if match else name, []).append(name)
+        shared = [names for group, names in groups.items() if len(names) > 1 and re.search(of_patients, group)]
+        if len(shared) > 1 and MIN_SHARED * sum(map(len, shared)) >= len(ids):
+            some = " and ".join(shared[0][:2])
+            return (
+                f"the names of {sum(map(len, shared))} of {counted(len(ids), 'image')} differ only in {what}, such as "
+                f"{some}: if they show one patient, pass --group-pattern '{pattern}' to keep them together"
+            )
+    return ""
 
 
 def _labels_table(root: Path, labels: Path | None, kind: str) -> Table | None:
@@ -347,6 +383,52 @@ def _folds(
         return []
     development = {*parts["train"], *parts["val"]}
     return fold_items([item for item in what.items if item.item_id in development], folds, seed)
+
+
+def _refuse_other_split(
+    out: Path, what: Source, parts: Mapping[str, Sequence[str]], pairs: Sequence[Mapping[str, Sequence[str]]]
+) -> None:
+    """A list that lies in ``out`` and would name other ids, or go, may be what a model was trained with.
+
+    Raises:
+        ConfigError: ``split_differs``, with the seed and the digest of the split that is there.
+    """
+    new = {f"{name}.csv": ids for name, ids in parts.items() if ids}
+    new |= {f"fold_{k}/{name}.csv": ids for k, pair in enumerate(pairs) for name, ids in pair.items()}
+    old = [f"{name}.csv" for name in SPLITS]
+    old += sorted(str(path.relative_to(out)) for path in out.glob("fold_*/*.csv"))
+    old = [name for name in old if (out / name).is_file()]
+    changed = [name for name in old if _digest(out / name) != _new_digest(what, new.get(name, ()))]
+    if changed:
+        raise ConfigError(
+            "The folder holds another split, and a model may have been trained with it.",
+            where=f"{out}: seed {_old_seed(out)}; other ids in "
+            + ", ".join(f"{name} (sha256 {_digest(out / name)[:12]})" for name in changed[:3])
+            + (f" and {counted(len(changed) - 3, 'list')} more" if len(changed) > 3 else ""),
+            fix="choose another folder with --out to keep it, or pass --overwrite to replace it",
+            code="split_differs",
+        )
+
+
+def _digest(path: Path) -> str:
+    try:
+        return split_digest(read_ids(path).ids)
+    except DataError:
+        return "unreadable"
+
+
+def _new_digest(what: Source, ids: Sequence[str]) -> str:
+    """As ``_digest`` of the file with these items: by the column that a reader takes for the ids."""
+    rows = [what.rows[item_id] for item_id in ids]
+    table = Table(Path(), what.header, tuple(rows), tuple(range(len(rows))))
+    return split_digest(set(table.column(table.find(ID_ALIASES) or what.header[0])))
+
+
+def _old_seed(out: Path) -> str:
+    try:
+        return str(json.loads((out / "split_summary.json").read_text(encoding="utf-8"))["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def _write(

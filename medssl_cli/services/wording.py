@@ -8,11 +8,6 @@ from pathlib import Path
 from medssl_cli.core.run import hide_home
 
 
-def counted(n: int, noun: str) -> str:
-    """``1 case``, ``2 cases``."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
 def up_to_date(n: int) -> str:
     """The end of a summary that tells what was done before; empty where nothing was."""
     return f", {n} {'was' if n == 1 else 'were'} up to date" if n else ""

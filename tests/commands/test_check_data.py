@@ -1,8 +1,11 @@
 import csv
+import gzip
 import json
 import re
+import struct
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -193,7 +196,7 @@ def test_series_table(tmp_path: Path) -> None:
         (["--task", "pretrian"], 2, "did you mean 'pretrain'?"),
         (["--task", "images"], 2, "--task pretrain"),
         (["--task", "classify"], 2, "--labels"),
-        (["--on-error", "ignore"], 2, "stop or skip"),
+        (["--on-error", "ignore"], 2, "'stop', 'skip'"),
         (["--sequences", ","], 2, "ax_t2wi"),
         (["--split-csv", "nowhere.csv"], 3, "cannot be read"),
     ],
@@ -295,3 +298,59 @@ def test_r18_memory_does_not_grow_with_cases(tmp_path: Path) -> None:
         answer = subprocess.run(words, capture_output=True, text=True, check=True)
         peaks.append(int(answer.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_r09_legal_but_unusual_formats_are_told(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "nan", "swapped", "uint16", "float64", "zero")
+    for case_id, slope in (("nan", float("nan")), ("zero", 0.0)):  # byte by byte: nibabel writes a slope of its own
+        path = root / case_id / "ax_adc.nii.gz"
+        header = bytearray(gzip.decompress(path.read_bytes()))
+        struct.pack_into("<f", header, 112, slope)
+        path.write_bytes(gzip.compress(header))
+    for case_id, header in (("swapped", nib.Nifti1Header(endianness=">")), ("uint16", None), ("float64", None)):
+        array = np.random.default_rng(len(case_id) * 10).integers(0, 900, (16, 16, 4))
+        array = array.astype("int16" if case_id == "swapped" else case_id) + (case_id == "swapped")
+        nib.Nifti1Image(array, AFFINE, header).to_filename(root / case_id / "ax_adc.nii.gz")
+    code, out, err = medssl(root, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    found = {e["case_id"]: e["code"] for e in told["infos"] if e["code"] != "dwi_choice"}
+    assert found == {"swapped": "big_endian", "uint16": "dtype", "float64": "dtype", "zero": "scl_slope"}
+    assert [(e["case_id"], e["code"]) for e in told["warnings"]] == [("nan", "scl_slope")]
+    text = medssl(root)[1]
+    for code_of in ("big_endian", "dtype", "scl_slope"):
+        assert code_of in text
+
+
+def test_the_last_error_is_short_and_gives_the_fix_of_all(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b")
+    (root / "a/ax_adc.nii.gz").unlink()
+    code, out, err = medssl(root, "--out", tmp_path / "out")
+    assert code == 3
+    what, where, fix = err.splitlines()
+    assert what == "error: 1 error in 1 of 2 cases."
+    assert "first: a sequence_missing; all in " in where
+    assert where.endswith("out/check_data.json")
+    assert "--allow-missing" in fix
+    assert "failures.csv" in out
+    code, out, err = medssl(root, "--on-error", "skip")
+    assert code == 4
+    assert "failures.csv" not in out + err
+
+
+def test_no_color_leaves_no_escape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree(tmp_path / "data", "a")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b" in medssl(root)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in medssl(root)[1]
+
+
+def test_help_and_choices(tmp_path: Path) -> None:
+    _, out, _ = medssl("--help")
+    assert "list[" not in out
+    for words in (("--task", "nonsense"), ("--on-error", "go")):
+        code, _, err = medssl(tree(tmp_path / words[1], "a"), *words)
+        assert code == 2
+        assert words[0] in err

@@ -28,10 +28,10 @@ def test_convert_and_convert_again(tmp_path: Path, write_dicom: Writer) -> None:
     write_dicom(tmp_path / "src")
     code, out, _ = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--workers", 0)
     assert code == 0
-    assert "converted: 1 volumes" in out
+    assert "1 case\nconverted: 1 volume;" in out
     assert (tmp_path / "out/PAT-1/ax_t2wi.nii.gz").is_file()
     code, out, _ = medssl("convert", "dicom", tmp_path / "src", tmp_path / "out", "--workers", 0)
-    assert (code, "1 were up to date" in out) == (0, True)
+    assert (code, "1 was up to date" in out) == (0, True)
 
 
 def test_dry_run_prints_a_table_and_writes_nothing(tmp_path: Path, write_dicom: Writer) -> None:
@@ -117,6 +117,7 @@ def test_align_and_list(tmp_path: Path, write_dicom: Writer) -> None:
         "convert", "align", tmp_path / "tree", tmp_path / "out", "--reference", "ax_t2wi", "--json", "--workers", 0
     )
     assert json.loads(out)["n_up_to_date"] == 2
-    assert medssl("convert", "align", tmp_path / "tree", tmp_path / "out2", "--reference", "ct", "--workers", 0)[0] == 3
+    assert medssl("convert", "align", tmp_path / "tree", tmp_path / "out2", "--reference", "ct", "--workers", 0)[0] == 2
+    assert not (tmp_path / "out2").exists()
     code, out, _ = medssl("convert", "dicom", "--list-configs")
     assert (code, out.split()[0]) == (0, "default")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from medssl_cli.core.run import locked
 
 Medssl = Callable[..., Any]
 
@@ -59,12 +62,28 @@ def test_r08_foreign_files_are_refused_with_7(medssl: Medssl, content: bytes, tm
     answer = medssl("info", tmp_path / "w.safetensors")
     assert answer.exit_code == 7
     assert answer.stdout == ""
-    for word in ("error:", "where:", "fix:"):
+    for word in ("error: This is not a safetensors file.", "where:", "fix:"):
         assert word in answer.stderr
+    assert not re.search(r"\d{9}|convert weights", answer.stderr.replace(str(tmp_path), ""))
+
+
+def test_a_killed_run_is_told_as_interrupted(medssl: Medssl, run: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    (killed / "checkpoints/step_0000010").mkdir(parents=True)
+    record = json.loads((run / "run.json").read_text()) | {"status": "running"}
+    (killed / "run.json").write_text(json.dumps(record))
+    word = "interrupted at step 10; the same command resumes"
+    assert json.loads(medssl("info", killed, "--json").stdout)["status"] == word
+    assert not (killed / ".lock").exists()
+    with locked(killed, "run"):
+        assert json.loads(medssl("info", killed, "--json").stdout)["status"] == "running"
+    assert json.loads(medssl("info", killed, "--json").stdout)["status"] == word
+    (killed / "checkpoints/step_0000010").rmdir()
+    assert "before its first checkpoint" in medssl("info", killed).stdout
 
 
 def test_what_is_no_run_is_refused_with_7(medssl: Medssl, tmp_path: Path) -> None:
-    assert medssl("info", tmp_path / "none").exit_code == 7
+    assert medssl("info", tmp_path / "none").exit_code == 2
     answer = medssl("info", tmp_path)
     assert answer.exit_code == 7
     assert "run.json" in answer.stderr

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_p08_case_tree(tmp_path: Path) -> None:
 def test_a_part_without_share_has_no_file(tmp_path: Path) -> None:
     root = tree(tmp_path / "data", 10)
     assert medssl(root, "--out", tmp_path / "s")[0] == 0
-    code, out, _ = medssl(root, "--out", tmp_path / "s", "--ratios", 0.8, 0.2, 0)
+    code, out, _ = medssl(root, "--out", tmp_path / "s", "--ratios", 0.8, 0.2, 0, "--overwrite")
     assert code == 0
     assert "test.csv" not in out
     assert sorted(p.name for p in (tmp_path / "s").glob("*.csv")) == ["train.csv", "val.csv"]
@@ -68,7 +69,7 @@ def test_split_inside_the_tree_is_no_case(tmp_path: Path) -> None:
 def test_folds_leave_the_test_part_alone(tmp_path: Path) -> None:
     root = tree(tmp_path / "data", 20)
     assert medssl(root, "--out", tmp_path / "s", "--folds", 5)[0] == 0
-    assert medssl(root, "--out", tmp_path / "s", "--folds", 3)[0] == 0
+    assert medssl(root, "--out", tmp_path / "s", "--folds", 3, "--overwrite")[0] == 0
     assert sorted(p.name for p in (tmp_path / "s").glob("fold_*")) == ["fold_0", "fold_1", "fold_2"]
     pairs = json.loads((tmp_path / "s/splits_final.json").read_text())
     test = set(read_ids(tmp_path / "s/test.csv").ids)
@@ -76,7 +77,7 @@ def test_folds_leave_the_test_part_alone(tmp_path: Path) -> None:
     for k, pair in enumerate(pairs):
         assert list(read_ids(tmp_path / f"s/fold_{k}/train.csv").ids) == pair["train"]
         assert not set(pair["train"]) & (set(pair["val"]) | test)
-    assert medssl(root, "--out", tmp_path / "s")[0] == 0
+    assert medssl(root, "--out", tmp_path / "s", "--overwrite")[0] == 0
     assert not (tmp_path / "s/splits_final.json").exists()
     assert not (tmp_path / "s/fold_0").exists()
 
@@ -120,7 +121,7 @@ def test_cases_csv_gives_the_patients(tmp_path: Path) -> None:
     assert not any(a & b for a, b in itertools.combinations(sides, 2))
     text = (root / "cases.csv").read_text().replace("patient_id", "nothing")
     (root / "cases.csv").write_text(text)
-    assert json.loads(medssl(root, "--out", tmp_path / "s", "--json")[1])["group_by"] == "study_uid"
+    assert json.loads(medssl(root, "--out", tmp_path / "s", "--overwrite", "--json")[1])["group_by"] == "study_uid"
 
 
 def test_labels_csv_of_the_tree_gives_patients_and_strata(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_labels_csv_of_the_tree_gives_patients_and_strata(tmp_path: Path) -> Non
     code, out, _ = medssl(root, "--out", tmp_path / "t", "--labels", tmp_path / "labels.csv", "--json")
     assert json.loads(out)["n_groups"] == 10
     (tmp_path / "labels.csv").write_text("\n".join(text.splitlines()[:4]))
-    code, out, _ = medssl(root, "--out", tmp_path / "t", "--labels", tmp_path / "labels.csv")
+    code, out, _ = medssl(root, "--out", tmp_path / "t", "--labels", tmp_path / "labels.csv", "--overwrite")
     assert "17 cases are in no table of patients" in out
 
 
@@ -217,3 +218,57 @@ def test_overwrite_never_deletes_what_is_split(tmp_path: Path) -> None:
     assert code == 2
     assert str(labels) in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_split_is_not_replaced_unasked(tmp_path: Path) -> None:
+    root, out = tree(tmp_path / "data", 20), tmp_path / "s"
+    assert medssl(root, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.csv")}
+    code, _, err = medssl(root, "--out", out, "--seed", 1)
+    assert code == 2
+    digest = split_digest(i for [i] in rows(out / "train.csv")[1:])[:12]
+    for word in ("seed 42", digest, "--out", "--overwrite"):
+        assert word in err
+    assert {path.name: path.read_bytes() for path in out.glob("*.csv")} == before
+    assert medssl(root, "--out", out)[0] == 0  # the same ids
+    assert medssl(root, "--out", out, "--folds", 3)[0] == 0  # more lists, none of them changed
+    code, _, err = medssl(root, "--out", out)
+    assert (code, "fold_0/train.csv" in err) == (2, True)  # a list would go
+    assert medssl(root, "--out", out, "--seed", 1, "--overwrite")[0] == 0
+    assert {path.name: path.read_bytes() for path in out.glob("*.csv")} != before
+    (out / "train.csv").write_text("")
+    assert medssl(root, "--out", out, "--seed", 1)[0] == 2
+
+
+def test_the_same_split_of_a_table_may_be_written_again(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("series_uid,patient_id,label\n" + "".join(f"s{i},p{i // 2},{i % 3}\n" for i in range(40)))
+    for _ in range(2):
+        code, _, err = medssl(table, "--out", tmp_path / "s")
+        assert code == 0, err
+    assert medssl(table, "--out", tmp_path / "s", "--seed", 1)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([f"Patient{i:03d}{side}" for i in range(20) for side in ("_L", "-R")], "left and right"),
+        ([f"P{i}_{n}" for i in range(20) for n in (1, 2)], "a last number"),
+        ([f"img_{i:03d}" for i in range(20)], ""),
+        ([f"{kind}_{i}" for kind in ("glioma", "normal") for i in range(20)], ""),
+    ],
+)
+def test_names_that_share_a_patient_are_told(tmp_path: Path, names: list[str], told: str) -> None:
+    (tmp_path / "images").mkdir()
+    for name in names:
+        (tmp_path / f"images/{name}.jpg").touch()
+    code, out, err = medssl(tmp_path / "images", "--out", tmp_path / "s")
+    assert code == 0, err
+    if not told:
+        assert "--group-pattern" not in out
+        return
+    assert told in out
+    pattern = re.search(r"--group-pattern '([^']+)'", out)
+    assert pattern is not None
+    code, out, err = medssl(tmp_path / "images", "--out", tmp_path / "t", "--group-pattern", pattern[1])
+    assert "40 cases in 20 groups" in out, err

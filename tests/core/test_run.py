@@ -1,5 +1,8 @@
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +169,26 @@ def test_workers_follow_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
     assert run.worker_count() == 4
     assert run.worker_count(0) == 0
+
+
+def test_a_killed_run_whose_workers_linger_is_waited_for(tmp_path: Path) -> None:
+    """Workers inherit the lock of a run that was killed, and notice its death only after seconds."""
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from medssl_cli.core.run import locked\n"
+        f"lock = locked(Path({str(tmp_path)!r}), 'run folder'); lock.__enter__()\n"
+        "if os.fork() == 0:\n"
+        "    print('ready', flush=True); time.sleep(1.5); os._exit(0)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        with pytest.raises(ConfigError, match="Another process"):
+            run.locked(tmp_path, "run folder").__enter__()
+        holder.kill()
+        holder.wait()
+        started = time.monotonic()
+        with run.locked(tmp_path, "run folder"):
+            assert 0.2 < time.monotonic() - started < 10

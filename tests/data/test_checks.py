@@ -226,7 +226,11 @@ def test_t23_diffusion_choice_is_told(tmp_path: Path) -> None:
     rewrite(folder / "ax_dwi_b50.nii.gz", noise(77))
     found = by_code(check_case_folder(tmp_path, "c1", RULES).findings)
     assert found["dwi_candidates"].severity == "warning"
-    assert found["dwi_choice"].message == "ax_dwi: ax_dwi_b1400.nii.gz"
+    assert (
+        found["dwi_candidates"].message
+        == "ax_dwi: ax_dwi_b1400.nii.gz chosen of ax_dwi_b1400.nii.gz, ax_dwi_b50.nii.gz"
+    )
+    assert "dwi_choice" not in found  # the warning tells the choice
     for name in ("ax_dwi_b50", "ax_dwi_b1400"):
         (folder / f"{name}.nii.gz").rename(folder / f"{name.replace('_b', '_x')}.nii.gz")
     found = by_code(check_case_folder(tmp_path, "c1", RULES).findings)

@@ -127,7 +127,7 @@ def test_r09_each_damage_has_its_name(tmp_path: Path, kind: str) -> None:
 def test_nonfinite_voxels_are_named(tmp_path: Path) -> None:
     array = np.zeros((2, 3, 4), np.float32)
     array[1, 2, 3] = np.nan
-    with pytest.raises(DataError, match="1 voxels") as caught:
+    with pytest.raises(DataError, match="1 voxel is") as caught:
         check_finite(tmp_path, array)
     assert "(3, 2, 1)" in caught.value.where
 

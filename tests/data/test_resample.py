@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume
-from medssl_cli.data.resample import is_label, register_affine, resample_to, transform_matrix
+from medssl_cli.data.resample import holds_classes, is_label, register_affine, resample_to, transform_matrix
 
 
 def grid(
@@ -129,10 +129,28 @@ def test_places_apart_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stem", "expected"), [("roi_Prostate", True), ("lesion-mask", True), ("ax_t2wi", False), ("segment", False)]
+    ("stem", "expected"),
+    [
+        ("roi_Prostate", True),
+        ("lesion-mask", True),
+        ("lesion", True),
+        ("zone.PZ", True),
+        ("ax_t2wi", False),
+        ("segment", False),
+        ("glandular", False),
+    ],
 )
 def test_label_maps_are_known_by_name(stem: str, expected: bool) -> None:
     assert is_label(stem) is expected
+
+
+def test_a_name_of_a_region_makes_a_label_map_only_of_few_whole_numbers() -> None:
+    classes, soft = np.array([[[0, 1, 5]]], np.float32), np.array([[[0, 0.3, 1]]], np.float32)
+    intensities = np.arange(300, dtype=np.int16).reshape(3, 10, 10)
+    assert [holds_classes("lesion", a) for a in (classes, soft, np.zeros((2, 2, 2), np.uint8))] == [True, False, True]
+    assert not holds_classes("7_t2_tra_prostate", intensities)
+    assert holds_classes("roi", intensities)
+    assert not holds_classes("ax_t2wi", classes)
 
 
 def blobs(

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.errors import ConfigError, DataError, Interrupted, PartialFailure
 from medssl_cli.core.run import locked
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import read_volume, write_volume
-from medssl_cli.data.manifest import read_case
+from medssl_cli.data.manifest import read_case, read_owners
 from medssl_cli.data.preprocess import PreprocessConfig, prepare_case
+from medssl_cli.services import align as align_module
 from medssl_cli.services.align import AlignRequest, AlignResult, align_tree
 
 
@@ -154,6 +155,10 @@ def test_bad_volumes_are_listed_and_the_rest_is_done(tmp_path: Path) -> None:
         "roi_Prostate.nii.gz",
         "roi_Prostate.nii.gz",
     ]
+    where = result.error.where.splitlines()
+    assert where[0].startswith("P1 ax_t2wi: The case has no reference")
+    assert where[1:] == [f"and 2 more, all in {tmp_path / 'out/failures.csv'}"]
+    assert result.error.fix == "P1 ax_t2wi: choose a --reference that every case has"
     stopped = align(tmp_path, out=tmp_path / "two")
     assert stopped.stopped
     assert isinstance(stopped.error, DataError)
@@ -168,6 +173,66 @@ def test_patients_of_the_table_stay_known(tmp_path: Path) -> None:
     align(tmp_path)
     lines = (tmp_path / "out/cases.csv").read_text().splitlines()
     assert lines[1:] == ["P1,007,1.2,ax_adc,P1/ax_adc.nii.gz,1.2.3,20,3 1.2 1.2"]
+
+
+def test_r12_patients_of_the_labels_go_along_with_the_aligned_cases(tmp_path: Path) -> None:
+    make_case(tmp_path / "tree", "P1_1")
+    make_case(tmp_path / "tree", "P1_2")
+    make_case(tmp_path / "tree", "P2")
+    (tmp_path / "tree/P2/ax_t2wi.nii.gz").unlink()
+    (tmp_path / "tree/labels.csv").write_text("case_id,patient_id,label\nP1_1,007,1\nP1_2,007,0\nP2,8,1\nP9,9,0\n")
+    align(tmp_path, on_error="skip")
+    assert (tmp_path / "out/labels.csv").read_text() == "case_id,patient_id,label\nP1_1,007,1\nP1_2,007,0\n"
+    assert {name: owner.patient_id for name, owner in read_owners(tmp_path / "out").items()} == {
+        "P1_1": "007",
+        "P1_2": "007",
+    }
+
+
+def test_r12_a_table_of_patients_that_cannot_be_read_is_refused_first(tmp_path: Path) -> None:
+    make_case(tmp_path / "tree")
+    (tmp_path / "tree/labels.csv").write_text("case_id,patient_id\nP1,7,8,9\n")
+    with pytest.raises(DataError, match="does not fit the header"):
+        align(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_t17_a_lesion_map_follows_with_its_values_even_when_it_is_empty(tmp_path: Path) -> None:
+    make_case(tmp_path / "tree")
+    source = tmp_path / "tree/P1"
+    roi = read_volume(source / "roi_Prostate.nii.gz")
+    write_volume(source / "lesion.nii.gz", Volume((roi.array > 0).astype(np.uint8) * 3, roi.affine))
+    write_volume(source / "tz.nii.gz", Volume(np.zeros_like(roi.array), roi.affine))
+    result = align(tmp_path, register=True)
+    assert result.error is None
+    lesion = read_volume(tmp_path / "out/P1/lesion.nii.gz").array
+    assert (lesion.dtype, set(np.unique(lesion))) == (np.uint8, {0, 3})
+    assert not read_volume(tmp_path / "out/P1/tz.nii.gz").array.any()
+    record = json.loads((tmp_path / "out/P1/lesion.json").read_text())["medssl"]
+    assert (record["registered"], record["interpolation"]) == (False, "nearest")
+
+
+def test_interruption_names_the_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_case(tmp_path / "tree")
+
+    def interrupt(task: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align_module, "align_case", interrupt)
+    with pytest.raises(Interrupted) as caught:
+        align(tmp_path)
+    assert str(tmp_path / "out") in caught.value.where
+
+
+def test_one_volume_and_one_case_are_singular(tmp_path: Path) -> None:
+    write_volume(tmp_path / "tree/P1/ax_t2wi.nii.gz", balls(T2, affine_of(T2, (3, 1.2, 1.2))))
+    assert align(tmp_path).summary() == "1 case; aligned: 1 volume; 0 failed"
+    assert align(tmp_path).summary() == "1 case; aligned: 0 volumes, 1 was up to date; 0 failed"
+    (tmp_path / "tree/P1/ax_t2wi.nii.gz").write_bytes(b"cut")
+    error = align(tmp_path).error
+    assert error is not None
+    assert error.what.startswith("1 volume could not be aligned")
+    assert "more" not in error.where
 
 
 def test_nii_wins_over_nii_gz_and_gradients_go_along_where_they_hold(tmp_path: Path) -> None:
@@ -193,6 +258,10 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     for out in (tmp_path / "tree", tmp_path, tmp_path / "tree/out"):
         with pytest.raises(ConfigError, match="lie in one another"):
             align(tmp_path, out=out, overwrite=True)
+    with pytest.raises(ConfigError, match="no case has such a sequence") as caught:
+        align(tmp_path, reference="ax_t2w")
+    assert caught.value.fix == "did you mean ax_t2wi?"
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="on-error"):
         align(tmp_path, on_error="maybe")
     assert len(list((tmp_path / "tree").rglob("*.nii.gz"))) == 3
@@ -212,7 +281,8 @@ def test_overwrite_replaces_nothing_before_the_tree_was_read(tmp_path: Path) -> 
     assert isinstance(result.error, DataError)
     assert "nothing was replaced" in result.error.fix
     assert {p.name for p in out.iterdir()} == {".lock", "thesis.txt"}
-    assert align(tmp_path, overwrite=True, reference="ax_dwi", on_error="skip").outputs == []
+    with pytest.raises(ConfigError, match="no case has"):
+        align(tmp_path, overwrite=True, reference="ax_dwi", on_error="skip")
     assert {p.name for p in out.iterdir()} == {".lock", "thesis.txt"}
     result = align(tmp_path, overwrite=True, on_error="skip")
     assert (result.count("aligned"), len(result.failures)) == (5, 1)

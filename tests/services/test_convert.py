@@ -153,7 +153,7 @@ def test_case_tree_tables_and_sidecars(
     assert {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"} <= set(report)
     assert (report["n_converted"], report["n_failed"], report["n_unmatched"]) == (4, 0, 1)
     assert report["unmatched"][0]["description"] == "t1 vibe"
-    assert not (out / "failures.csv").exists()
+    assert (out / "failures.csv").read_text() == "case_id,path,reason,fix\n"
     assert not (out / ".work").exists()
 
 
@@ -506,7 +506,7 @@ def test_a_good_output_stays_when_its_source_is_damaged_later(
 ) -> None:
     study(tmp_path / "src", write_dicom)
     convert()
-    before = tree(tmp_path / "out")
+    before = {k: v for k, v in tree(tmp_path / "out").items() if k != "failures.csv"}
     damage_truncated(tmp_path / "src/P1/t2")
     assert convert().error is not None
     assert {k: v for k, v in tree(tmp_path / "out").items() if k != "failures.csv"} == before
@@ -555,6 +555,10 @@ def test_requests_that_cannot_be_met(
     for out in (tmp_path / "src", tmp_path):
         with pytest.raises(ConfigError, match="lies in the output folder"):
             convert(out=out, overwrite=True)
+    for out in (tmp_path / "src/out", tmp_path / "src/P1/out"):
+        with pytest.raises(ConfigError, match="lies in the source"):
+            convert(out=out)
+        assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.doc").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
@@ -591,6 +595,19 @@ def test_t17_every_sequence_takes_the_grid_of_the_reference(
     assert read_volume(tmp_path / "out/P1/ax_adc.nii.gz").shape == (6, 5, 6)
 
 
+def test_a_reference_split_by_b_value_is_the_highest_of_the_case(
+    tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
+) -> None:
+    study(tmp_path / "src", write_dicom)
+    assert convert(reference="ax_dwi").error is None
+    reference = read_volume(tmp_path / "out/P1/ax_dwi_b800.nii.gz")
+    for stem in ("ax_t2wi", "ax_adc", "ax_dwi_b50"):
+        assert read_volume(tmp_path / f"out/P1/{stem}.nii.gz").grid_difference(reference) is None
+    sidecar = json.loads((tmp_path / "out/P1/ax_t2wi.json").read_text())["medssl"]
+    assert sidecar["aligned_to"] == "ax_dwi_b800"
+    assert convert(reference="ax_dwi_b800").count("up_to_date") == 4
+
+
 def test_without_the_reference_nothing_of_the_case_is_written(
     tmp_path: Path, write_dicom: Writer, convert: Callable[..., ConvertResult]
 ) -> None:
@@ -598,6 +615,11 @@ def test_without_the_reference_nothing_of_the_case_is_written(
     damage_missing_slice(tmp_path / "src/P1/t2")
     result = convert(reference="ax_t2wi", on_error="skip")
     assert {f.code for f in result.failures} == {"dicom_uneven_slices", "reference_missing"}
+    assert isinstance(result.error, PartialFailure)
+    where = result.error.where.splitlines()
+    assert where[0].startswith("series 2 t2_tse_tra for ax_t2wi: The slices are not evenly spaced")
+    assert where[1:] == [f"and 3 more, all in {tmp_path / 'out/failures.csv'}"]
+    assert result.error.fix == f"series 2 t2_tse_tra: {result.failures[0].fix}"
     assert not list((tmp_path / "out").rglob("*.nii.gz"))
 
 
@@ -902,7 +924,7 @@ def test_overwrite_replaces_nothing_before_the_source_was_read(
         convert(overwrite=True, mapping=str(nothing))
     with pytest.raises(ConfigError) as caught:
         convert(overwrite=True, mapping=str(tmp_path / "mapping.yaml"), out=tmp_path / "src/P1")
-    assert caught.value.code == "out_holds_source"
+    assert caught.value.code == "out_in_source"
     slices = sorted((tmp_path / "src/P1/t2").iterdir())
     removed = slices[2].read_bytes()
     slices[2].unlink()

@@ -14,5 +14,6 @@ def test_an_absent_device_is_an_error_never_a_fallback() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", ""])
 def test_unknown_names_are_wrong_usage(name: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         resolve_device(name)
+    assert caught.value.where == f"--device {name}"
