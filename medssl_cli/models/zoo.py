@@ -519,7 +519,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             "The weight file has no card.",
             where=f"{card}: {error.strerror}",
-            fix="keep X.json beside X.safetensors; foreign weights go through `medssl convert weights` first",
+            fix="keep X.json beside X.safetensors; both are written by `medssl pretrain`",
             code="card_missing",
         ) from error
     except ValueError as error:

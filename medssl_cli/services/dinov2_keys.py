@@ -13,7 +13,7 @@ UNUSED = {
     "train.persistent_workers": "loader processes always live as long as the run",
     "train.pin_memory": "batches are always copied into page-locked memory for a GPU, and only then",
     "optim.lr": "the learning rate follows from optim.base_lr and optim.scaling_rule",
-    "evaluation": "nothing is evaluated while training; `medssl eval` scores the exported backbone",
+    "evaluation": "nothing is evaluated while training",
     "semi_supervised": "the semi-supervised loss is off, as by default",
 }
 """Dotted key, or whole section, and why it changes nothing."""
@@ -86,8 +86,7 @@ def _refuse_semi_supervised(section: Any) -> None:
     weight = section.get("loss_weight", 0) if isinstance(section, Mapping) else 0
     if weight:
         raise ValueError(
-            f"semi_supervised.loss_weight is {weight}, but there is no semi-supervised loss here; set it to 0 "
-            "and train a head on the labels with `medssl train-head`"
+            f"semi_supervised.loss_weight is {weight}, but there is no semi-supervised loss here; set it to 0"
         )
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from medssl_cli.core.config import load_config
 from medssl_cli.core.errors import ResourceError
+from medssl_cli.core.run import locked
 from medssl_cli.data.images import read_volume, write_volume
 from medssl_cli.services.pretrain import PretrainRequest, resolve_config
 from medssl_cli.services.pretrain_config import PretrainConfig
@@ -323,7 +324,8 @@ def test_info_shows_a_run_that_is_under_way(medssl: Run, tiny: Run, tmp_path: Pa
     assert tiny().exit_code == 0
     record = {**record_of(tmp_path / "run"), "status": "running", "step": 2}
     (tmp_path / "run/run.json").write_text(json.dumps(record))
-    answer = medssl("info", tmp_path / "run")
+    with locked(tmp_path / "run", "run folder"):
+        answer = medssl("info", tmp_path / "run")
     assert re.search(r"^status: +running$", answer.stdout, re.M)
     assert re.search(r"^step: +2$", answer.stdout, re.M)
 
