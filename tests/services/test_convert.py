@@ -688,8 +688,11 @@ def test_r16_interrupted_conversion_ends_as_an_undisturbed_one(
         "--workers",
         "0",
     ]
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
     process = subprocess.Popen(
-        [sys.executable, "-m", "medssl_cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", f"{script}from medssl_cli.app import main; main()", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
     while len(list(out.glob("P*/[!.]*.json"))) < 6 and process.poll() is None:
