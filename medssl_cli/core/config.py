@@ -115,7 +115,7 @@ def dump_config(config: Config) -> str:
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted names of the leaves that differ between two dumped configurations, sorted."""
-    a, b = dict(_leaves(old)), dict(_leaves(new))
+    a, b = dict(leaves(old)), dict(leaves(new))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
@@ -206,9 +206,10 @@ def _valid_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from _valid_keys(part, f"{prefix}{info.alias or name}.")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in a dumped configuration that is no section."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + str(key), value

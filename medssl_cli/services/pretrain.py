@@ -137,12 +137,24 @@ def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say:
         for text in config.warnings():
             log.warning("%s", text)
         data = read_training_data(config.data)
+        _refuse_without_effect(config, data)
         if request.smoke or request.dry_run:
             with _scratch_run(request, config, device, data, progress) as run:
                 return _smoke(run, say, started) if request.smoke else _dry_run(run, data, started)
         out, inputs = _out(request, config), _inputs(request, config)
         with RunFolder(out, "pretrain", lines, overwrite=request.overwrite, inputs=inputs) as folder:
             return _train(request, config, device, data, folder, progress, started)
+
+
+def _refuse_without_effect(config: PretrainConfig, data: TrainingData) -> None:
+    keys = config.without_effect(data.kind)
+    if keys:
+        raise ConfigError(
+            "These keys have no effect on plain pictures.",
+            where="\n".join(keys),
+            fix="leave them out, or take a recipe for pictures such as images_small",
+            code="config_without_effect",
+        )
 
 
 def resolve_config(request: PretrainRequest) -> PretrainConfig:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, NonNegativeInt, PositiveInt, PrivateAttr, model_validator
 
-from medssl_cli.core.config import Config
+from medssl_cli.core.config import Config, leaves
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.datasets import DataConfig
 from medssl_cli.data.manifest import parse_dataset_string
@@ -41,6 +41,25 @@ SAFE_KEYS = frozenset(
 )
 """Keys that may differ when a run resumes, because no number depends on them. The dataset string counts by what it sets
 in `data`, the data root by the digest of its files."""
+
+
+VOLUMES_ONLY = (
+    "data.mri_sequences",
+    "data.random_axes",
+    "data.random_slices",
+    "data.roi",
+    "data.min_roi_pixels",
+    "data.spatial_size",
+    "data.percentage_labels",
+    "data.preprocess.orientation",
+    "data.preprocess.reference",
+    "data.preprocess.adc_scale",
+    "data.preprocess.adc_range",
+    "data.preprocess.resample_mm",
+    "crops.crop_from_tumor_foreground",
+    "student.use_mri_seq_embed",
+)
+"""Keys that mean nothing for plain pictures."""
 
 
 class ModelConfig(Config):
@@ -143,6 +162,13 @@ class PretrainConfig(Config):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def without_effect(self, kind: Literal["volumes", "images"]) -> list[str]:
+        """Keys that were changed from their default and mean nothing for this kind of data, with their values."""
+        if kind == "volumes":
+            return []
+        values, defaults = (dict(leaves(config.model_dump(mode="json"))) for config in (self, PretrainConfig()))
+        return [f"{key}: {values[key]!r}" for key in VOLUMES_ONLY if values[key] != defaults[key]]
 
     def warnings(self) -> list[str]:
         """Settings that have no effect, in words."""

@@ -446,7 +446,13 @@ def test_image_trees_are_trained_on_whole_pictures(medssl: Run, tiny_recipe: Pat
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 48), dtype=np.uint8)).save(path)
     words = ("--config", tiny_recipe, "--data", tmp_path / "images", "--cache", tmp_path / "cache", "--device", "cpu")
-    answer = medssl("pretrain", *words, "--out", tmp_path / "run", "optim.epochs=1")
+    refused = medssl("pretrain", *words, "--out", tmp_path / "run", "optim.epochs=1")
+    assert refused.exit_code == 2
+    assert "data.random_slices: True" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    words += ("data.random_slices=false", "data.spatial_size=224", "crops.crop_from_tumor_foreground=false")
+    words += ("student.use_mri_seq_embed=false", "optim.epochs=1")
+    answer = medssl("pretrain", *words, "--out", tmp_path / "run")
     assert answer.exit_code == 0, answer.stderr
     assert "17 tokens a global crop, 5 a local crop" in answer.stderr
     card = json.loads((tmp_path / "run/export/teacher_backbone.json").read_text())

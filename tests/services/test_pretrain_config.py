@@ -234,3 +234,15 @@ def test_no_change_of_intensities_has_one_meaning(tmp_path: Path, text: str) -> 
     config = resolve_config(PretrainRequest(config=str(path)))
     assert config.crops.intensity_aug == "none"
     assert PretrainConfig().crops == config.crops
+
+
+def test_keys_without_effect_on_pictures_are_named() -> None:
+    config = load_config(
+        PretrainConfig,
+        "images_small",
+        recipes="pretrain",
+        overrides=("data.random_slices=true", "crops.crop_from_tumor_foreground=true"),
+    )
+    assert config.without_effect("images") == ["data.random_slices: True", "crops.crop_from_tumor_foreground: True"]
+    assert not config.without_effect("volumes")
+    assert not load_config(PretrainConfig, "images_small", recipes="pretrain").without_effect("images")
