@@ -178,23 +178,6 @@ def build_backbone(
     )
 
 
-def sequence_order(trained: Sequence[str], given: Sequence[str]) -> list[int | None]:
-    """For each sequence of the backbone, the channel of the input that holds it; None where it is absent.
-
-    Raises:
-        ConfigError: A given name that the backbone does not know, a name given twice, or none at all.
-    """
-    unknown = [name for name in given if name not in trained]
-    if unknown or not given or len(set(given)) != len(given):
-        raise ConfigError(
-            "The sequences of the input do not fit the backbone.",
-            where=f"given: {', '.join(given) or 'none'}; trained on: {', '.join(trained)}",
-            fix="name the sequences as in training, each once; any part of them in any order will do",
-            code="sequences_differ",
-        )
-    return [list(given).index(name) if name in given else None for name in trained]
-
-
 # --- reading weights -------------------------------------------------------------------------------------------------
 
 _NESTS = ("teacher", "model", "state_dict", "model_state_dict", "student", "module")
