@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import ConfigError, DataError, MedsslError, PartialFailure
+from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.result import Result
 from medssl_cli.core.run import (
     check_out_folder,
     claim_out_folder,
@@ -21,7 +22,6 @@ from medssl_cli.core.run import (
     plain,
     result_header,
     temporary_folder,
-    to_json,
     write_failures,
     write_json,
 )
@@ -54,36 +54,13 @@ class InferRequest:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class InferResult:
-    """Summaries of the cases, for people and for scripts.
-
-    Args:
-        lines: For people.
-        facts: For scripts.
-        error: What the command has to end with, when some cases failed.
-    """
-
-    lines: list[str]
-    facts: dict[str, Any]
-    error: MedsslError | None = None
-
-    def summary(self) -> str:
-        """A few lines for people."""
-        return "\n".join(self.lines)
-
-    def to_json(self) -> str:
-        """Strict JSON with the common header."""
-        return to_json(self.facts)
-
-
 def default_out(words: tuple[str, ...]) -> Path:
     """``out/<case>`` for one case, so that the next one does not replace it, and ``out`` for several."""
     cases = named_cases(words)
     return Path("out") / cases[0].name if len(cases) == 1 else Path("out")
 
 
-def infer(request: InferRequest, *, progress: Progress | None = None) -> InferResult:
+def infer(request: InferRequest, *, progress: Progress | None = None) -> Result:
     """Look at one case or several with one model; ``progress`` is told cases done, or slices of the only case.
 
     Raises:
@@ -127,7 +104,7 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> InferRe
             remove_results(request.out)
             write_json(request.out / "summary.json", facts)
     lines = [line for summary in summaries for line in _lines(summary, request, len(cases))]
-    return InferResult(lines, facts, _partial(failures, len(cases), request.out))
+    return Result(lines, facts, _partial(failures, len(cases), request.out))
 
 
 def _config(request: InferRequest) -> InferConfig:

@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 
 from medssl_cli.core.config import dump_config, load_config
-from medssl_cli.core.errors import ConfigError, MedsslError, PartialFailure
+from medssl_cli.core.errors import ConfigError, PartialFailure
+from medssl_cli.core.result import Result
 from medssl_cli.core.run import (
     plain,
     provenance,
     result_header,
-    to_json,
     worker_count,
     write_failures,
     write_text,
@@ -92,30 +92,7 @@ class PretrainRequest:
         return Path(self.config).stem if self.config else "pretrain"
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """What a call did, for people and for scripts.
-
-    Args:
-        lines: For people.
-        facts: For scripts, with the common header.
-        error: Raised by the command after it has printed, when cases were left out.
-    """
-
-    lines: list[str]
-    facts: dict[str, Any]
-    error: MedsslError | None = None
-
-    def summary(self) -> str:
-        """A few lines for people."""
-        return "\n".join(self.lines)
-
-    def to_json(self) -> str:
-        """Strict JSON with the common header."""
-        return to_json(self.facts)
-
-
-def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say: Say = log.info) -> PretrainResult:
+def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say: Say = log.info) -> Result:
     """Train as the request says; resume if the run folder holds checkpoints.
 
     Args:
@@ -228,7 +205,7 @@ def _train(
     folder: RunFolder,
     progress: Progress | None,
     started: float,
-) -> PretrainResult:
+) -> Result:
     """Prepare, build, take up the checkpoint if there is one, train, export."""
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config=_comparable(config), keep=config.train.keep_checkpoints
@@ -392,7 +369,7 @@ def _is_finished(run: PretrainRun, folder: RunFolder) -> bool:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def _finished_before(run: PretrainRun, folder: RunFolder, data: TrainingData, started: float) -> PretrainResult:
+def _finished_before(run: PretrainRun, folder: RunFolder, data: TrainingData, started: float) -> Result:
     out, steps = folder.path, run.trainer.steps_done
     lines = [
         f"nothing left to do: all {steps} steps of this run were done before",
@@ -400,12 +377,12 @@ def _finished_before(run: PretrainRun, folder: RunFolder, data: TrainingData, st
         "longer:   the same command with a larger optim.epochs goes on; --no-resume starts afresh",
     ]
     facts = {**result_header("pretrain", started), "run": out, "steps": steps, "steps_now": 0, "export": out / EXPORT}
-    return PretrainResult(lines, plain(facts), _left_out(run, folder, data))
+    return Result(lines, plain(facts), _left_out(run, folder, data))
 
 
 def _finished(
     run: PretrainRun, fit: FitResult, folder: RunFolder, export: Path, data: TrainingData, started: float
-) -> PretrainResult:
+) -> Result:
     out = folder.path
     loss = f", last loss {sum(fit.last_losses.values()):.3f}" if fit.last_losses else ""
     speed = f", {fit.images_per_s:.1f} images/s" if fit.images_per_s else ""
@@ -424,7 +401,7 @@ def _finished(
         "last_losses": fit.last_losses,
         "export": export,
     }
-    return PretrainResult(lines, plain(facts), _left_out(run, folder, data))
+    return Result(lines, plain(facts), _left_out(run, folder, data))
 
 
 def _left_out(run: PretrainRun, folder: RunFolder, data: TrainingData) -> PartialFailure | None:
@@ -470,17 +447,17 @@ def _scratch_run(
         yield run
 
 
-def _smoke(run: PretrainRun, say: Say, started: float) -> PretrainResult:
+def _smoke(run: PretrainRun, say: Say, started: float) -> Result:
     losses = []
     with contextlib.closing(run.batches(0)) as source:
         for index in range(SMOKE_STEPS):
             losses.append(run.trainer.step(source).total_loss)
             say(f"[step {index}] loss={losses[-1]:.4f}")
     facts = {**result_header("pretrain", started), "smoke": True, "losses": losses}
-    return PretrainResult([f"smoke test passed: {SMOKE_STEPS} steps on {len(run.store)} cases, nothing written"], facts)
+    return Result([f"smoke test passed: {SMOKE_STEPS} steps on {len(run.store)} cases, nothing written"], facts)
 
 
-def _dry_run(run: PretrainRun, data: TrainingData, started: float) -> PretrainResult:
+def _dry_run(run: PretrainRun, data: TrainingData, started: float) -> Result:
     """One step (three on a GPU, where the first one only warms up), and what the whole run would take."""
     fit = run.trainer.measure(3 if run.device.type == "cuda" else 1)
     steps = run.config.optim.epochs * run.config.epoch_length(len(data.cases))
@@ -502,4 +479,4 @@ def _dry_run(run: PretrainRun, data: TrainingData, started: float) -> PretrainRe
         f"peak memory {fit.peak_memory_gib:.2f} GiB, cache about {cache / 1e6:.1f} MB for {len(data.cases)} cases",
         f"first loss {sum(fit.last_losses.values()):.3f}; nothing was written",
     ]
-    return PretrainResult(lines, facts)
+    return Result(lines, facts)
