@@ -64,6 +64,7 @@ class Batch:
         token_mask_VN: (2B, S*N) bool, True where the student sees the mask token for the iBOT task.
         available_BS: (B, S) bool; an absent sequence is all mask tokens for student and teacher, never a target.
         case_ids: One id a sample.
+        labels_B: int64 class of each sample, -1 where it has none; None if no sample of the run has one.
     """
 
     global_VSHW: Tensor
@@ -71,6 +72,7 @@ class Batch:
     token_mask_VN: Tensor
     available_BS: Tensor
     case_ids: list[str] = field(default_factory=list)
+    labels_B: Tensor | None = None
 
 
 @dataclass

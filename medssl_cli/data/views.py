@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,7 +24,15 @@ from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.data import transforms
-from medssl_cli.data.token_masks import MaskMode, TokenMasks, draw_token_masks, hidden_whole
+from medssl_cli.data.token_masks import (
+    MaskMode,
+    MaskSampling,
+    MaskShape,
+    TokenMasks,
+    draw_token_masks,
+    hidden_whole,
+    no_masks,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -47,6 +56,8 @@ Share = Annotated[tuple[float, float], AfterValidator(_rising_share)]
 class CropsConfig(Config):
     """Multi-crop views of one slice (Caron et al. 2020) and their random changes."""
 
+    global_crops_number: Literal[2] = 2
+    """Global crops of each slice: always two, for each is the target of the other."""
     global_crops_size: Annotated[int, Field(ge=2)] = 224
     """Side of a global crop in pixels; a multiple of the patch size."""
     local_crops_size: Annotated[int, Field(ge=2)] = 96
@@ -90,6 +101,13 @@ class CropsConfig(Config):
     """Subtracted from every intensity in 0..1, background included; one number, or one a channel."""
     std: PositiveFloat | tuple[PositiveFloat, ...] = 0.22
     """Divided by afterwards; one number, or one a channel."""
+
+    @field_validator("global_crops_number", mode="before")
+    @classmethod
+    def _two_views(cls, value: Any) -> Any:
+        if value != 2:
+            raise ValueError(f"{value} global crops: the losses compare two, of which each is the target of the other")
+        return 2
 
     @field_validator("intensity_aug", mode="before")
     @classmethod
@@ -148,7 +166,8 @@ class MultiCrop:
         config: Sizes, scales and random changes.
         patch_size: Side of a patch in pixels.
         n_sequences: Sequences of a case; 1 for plain pictures, whatever number of colour channels they have.
-        mask_sample_probability, mask_ratio_min_max, mask_mode: As in ``token_masks.draw_token_masks``.
+        mask_sample_probability, mask_ratio_min_max, mask_mode, mask_exact, mask_sampling, pred_ratio, pred_ratio_var,
+            pred_shape: As in ``token_masks.draw_token_masks``.
 
     Raises:
         ConfigError: A crop size does not divide by the patch size, or colour jitter meets a number of sequences that
@@ -164,6 +183,11 @@ class MultiCrop:
         mask_sample_probability: float = 0.5,
         mask_ratio_min_max: tuple[float, float] = (0.1, 0.5),
         mask_mode: MaskMode = "full_sequence",
+        mask_exact: bool = False,
+        mask_sampling: MaskSampling = "stratified",
+        pred_ratio: Sequence[float] = (0.0, 0.3),
+        pred_ratio_var: Sequence[float] = (0.0, 0.2),
+        pred_shape: MaskShape = "block",
     ) -> None:
         faults = check_patch(config, patch_size)
         if faults:
@@ -175,20 +199,30 @@ class MultiCrop:
             )
         self.config, self.n_sequences = config, n_sequences
         self.grid = (config.global_crops_size // patch_size,) * 2
-        self.mask_sample_probability, self.mask_ratio_min_max = mask_sample_probability, mask_ratio_min_max
-        self.mask_mode = mask_mode
+        self._draw_masks = partial(
+            draw_token_masks,
+            sample_probability=mask_sample_probability,
+            ratio_min_max=mask_ratio_min_max,
+            mode=mask_mode,
+            exact=mask_exact,
+            sampling=mask_sampling,
+            pred_ratio=pred_ratio,
+            pred_ratio_var=pred_ratio_var,
+            shape=pred_shape,
+        )
         self.intensity = build_intensity(config)
         if isinstance(self.intensity, transforms.ColorJitter):
             _check_colours(n_sequences, "sequences")
 
-    def __call__(self, batch: SliceBatch, seed: int) -> Batch:
+    def __call__(self, batch: SliceBatch, seed: int, *, masking: bool = True) -> Batch:
         """Draw and apply: the same batch and seed give the same views.
 
         Args:
             batch: Stored slices, on any device; the views are made there.
             seed: Of this batch alone, from the run's seed, step, micro-batch and rank.
+            masking: False hides no token, as before ``ibot.pred_start_epoch``; the crops are the same.
         """
-        draws = self.draw(batch, seed)
+        draws = self.draw(batch, seed, masking=masking)
         global_VSHW, local_VSHW = self.apply(batch, draws)
         available_BS = self._available(batch)
         return Batch(
@@ -200,7 +234,7 @@ class MultiCrop:
         )
 
     @torch.no_grad()
-    def draw(self, batch: SliceBatch, seed: int) -> CropDraws:
+    def draw(self, batch: SliceBatch, seed: int, *, masking: bool = True) -> CropDraws:
         """Everything random about the views of a batch."""
         config = self.config
         blur_first, blur_second, blur_local = config.blur_probs
@@ -213,16 +247,9 @@ class MultiCrop:
         if config.local_crops_number:
             blurs = (blur_local,) * config.local_crops_number
             local_views = self._draw_views(batch, ranks, seed, "local", config.local_crops_scale, blurs)
-        token_masks = draw_token_masks(
-            2 * len(batch.images_BSHW),
-            self.n_sequences,
-            self.grid,
-            _rng(seed, "token_masks"),
-            sample_probability=self.mask_sample_probability,
-            ratio_min_max=self.mask_ratio_min_max,
-            mode=self.mask_mode,
-        )
-        return CropDraws(global_views, local_views, token_masks)
+        sizes = (2 * len(batch.images_BSHW), self.n_sequences, self.grid)
+        masks = self._draw_masks(*sizes, _rng(seed, "token_masks")) if masking else no_masks(*sizes)
+        return CropDraws(global_views, local_views, masks)
 
     @torch.no_grad()
     def apply(self, batch: SliceBatch, draws: CropDraws) -> tuple[Tensor, Tensor | None]:

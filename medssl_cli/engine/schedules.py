@@ -59,6 +59,10 @@ class Schedules:
         total_steps: Optimizer updates of the whole run.
         epoch_steps: Updates of one epoch; the unit of the ``..._epochs`` arguments.
         lr: Effective learning rate, already scaled by the batch.
+        freeze_last_layer: ``lr``: the last layer has rate 0 while it is frozen (DINOv2), so that its moments build up;
+            ``gradient``: it has no gradient (DINO, iBOT), so that nothing acts on it.
+        warmup_teacher_patch_temp, teacher_patch_temp, warmup_teacher_patch_temp_epochs: Temperature of the patch
+            targets; None is that of the cls targets.
     """
 
     total_steps: int
@@ -69,24 +73,31 @@ class Schedules:
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     freeze_last_layer_epochs: float = 1
+    freeze_last_layer: Literal["lr", "gradient"] = "lr"
     freeze_backbone_epochs: float = 0
     momentum: float = 0.992
     final_momentum: float = 1.0
     warmup_teacher_temp: float = 0.04
     teacher_temp: float = 0.07
     warmup_teacher_temp_epochs: float = 30
+    warmup_teacher_patch_temp: float | None = None
+    teacher_patch_temp: float | None = None
+    warmup_teacher_patch_temp_epochs: float | None = None
 
     def at(self, step: int) -> dict[str, float]:
         """Values of the update with this index, counted from 0.
 
         Returns:
-            ``lr``, ``last_layer_lr``, ``wd``, ``momentum``, ``teacher_temp``, and ``backbone_frozen`` (0 or 1).
+            ``lr``, ``last_layer_lr``, ``wd``, ``momentum``, ``teacher_temp``, and ``backbone_frozen`` (0 or 1);
+            ``teacher_patch_temp`` if it differs in any setting, ``last_layer_frozen`` (0 or 1) if freezing means no
+            gradient.
         """
         total = self.total_steps
         lr = warmup_cosine(step, 0.0, self.lr, self.min_lr, self._steps(self.warmup_epochs), total)
-        return {
+        last_layer_frozen = step < self._steps(self.freeze_last_layer_epochs)
+        values = {
             "lr": lr,
-            "last_layer_lr": 0.0 if step < self._steps(self.freeze_last_layer_epochs) else lr,
+            "last_layer_lr": 0.0 if last_layer_frozen else lr,
             "wd": warmup_cosine(step, 0.0, self.weight_decay, self.weight_decay_end, 0, total),
             "momentum": warmup_cosine(step, 0.0, self.momentum, self.final_momentum, 0, total),
             "teacher_temp": linear_ramp(
@@ -94,6 +105,20 @@ class Schedules:
             ),
             "backbone_frozen": float(step < self._steps(self.freeze_backbone_epochs)),
         }
+        if self._patch_temperature() != self._cls_temperature():
+            start, end, epochs = self._patch_temperature()
+            values["teacher_patch_temp"] = linear_ramp(step, start, end, self._steps(epochs))
+        if self.freeze_last_layer == "gradient":
+            values["last_layer_frozen"] = float(last_layer_frozen)
+        return values
+
+    def _cls_temperature(self) -> tuple[float, float, float]:
+        return self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs
+
+    def _patch_temperature(self) -> tuple[float, float, float]:
+        own = (self.warmup_teacher_patch_temp, self.teacher_patch_temp, self.warmup_teacher_patch_temp_epochs)
+        start, end, epochs = (c if p is None else p for p, c in zip(own, self._cls_temperature(), strict=True))
+        return start, end, epochs
 
     def warnings(self) -> list[str]:
         """What is legal and yet unlikely to be meant, one sentence each."""

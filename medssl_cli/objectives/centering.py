@@ -39,10 +39,20 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def targets(self, logits_MK: Tensor, temperature: float) -> Tensor:
-        """(M, K) logits -> (M, K) float32 probabilities, each row sums to 1; M may be 0."""
+        """(M, K) logits -> (M, K) float32 probabilities, each row sums to 1; M may be 0. The rows enter the centre."""
+        self.see(logits_MK)
+        return self.softmax(logits_MK, temperature)
+
+    @torch.no_grad()
+    def see(self, logits_MK: Tensor) -> None:
+        """Let rows enter the centre at the next update."""
         sum_K = logits_MK.sum(0, dtype=torch.float32)
         self._sum_K = sum_K if self._sum_K is None else self._sum_K + sum_K
         self._rows += logits_MK.shape[0]
+
+    @torch.no_grad()
+    def softmax(self, logits_MK: Tensor, temperature: float) -> Tensor:
+        """The targets of rows that do not enter the centre, or have done so already."""
         return (logits_MK - self.center).div_(temperature).softmax(-1)
 
     @torch.no_grad()

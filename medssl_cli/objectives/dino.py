@@ -8,10 +8,10 @@ Letters: B samples, V crops (view-major), M rows, K prototypes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +32,25 @@ class HeadConfig(Config):
     """Width of the hidden layers."""
     head_nlayers: PositiveInt = 3
     """Linear layers before the prototypes."""
+    norm_last_layer: bool = False
+    """Freeze the gains of the prototypes at 1, as DINO and iBOT do; DINOv2 trains them."""
+    norm_in_head: Literal["none", "bn", "syncbn", "ln"] = "none"
+    """Norm after each hidden layer; none or null. iBOT's csyncbn and psyncbn are not there: no published model uses
+    these variants of syncbn."""
+    act_in_head: Literal["gelu", "relu"] = "gelu"
+    """Activation between the layers."""
+
+    @field_validator("norm_in_head", mode="before")
+    @classmethod
+    def _known_norm(cls, value: Any) -> Any:
+        if value in ("csyncbn", "psyncbn"):
+            raise ValueError(f"{value} is a variant of syncbn that no published model uses; take syncbn, ln or none")
+        return "none" if value in (None, "") else value
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether the head must see every patch token, because its norm takes statistics over the rows."""
+        return self.norm_in_head in ("bn", "syncbn")
 
 
 class DinoConfig(HeadConfig):

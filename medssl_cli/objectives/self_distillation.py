@@ -1,26 +1,34 @@
 """Self-distillation as in DINOv2 (Oquab et al. 2023): a student learns what its own moving average sees.
 
 The parts are handed in; here they are connected: DINO on cls tokens, iBOT on masked patch tokens, KoLeo on the
-student's cls tokens, and the exponential moving average. Letters: B samples, V crops (view-major), S sequences,
-N patch tokens of all sequences, M masked tokens, D width, K prototypes.
+student's cls tokens, and the exponential moving average. iBOT itself (Zhou et al. 2022) is the same step with other
+settings. Letters: B samples, V crops (view-major), S sequences, N patch tokens of all sequences, T patch tokens that a
+head sees, M masked tokens, D width, K prototypes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from medssl_cli.core.config import Config
-from medssl_cli.core.protocols import Batch, Features
+from medssl_cli.core.protocols import Batch
 from medssl_cli.objectives.centering import Centering, sinkhorn_knopp
 from medssl_cli.objectives.dino import STUDENT_TEMPERATURE, DinoConfig, HeadConfig, dino_losses
-from medssl_cli.objectives.ibot import IbotConfig, MaskedTokens, find_masked_tokens, ibot_loss
+from medssl_cli.objectives.ibot import (
+    IbotConfig,
+    find_existing_tokens,
+    find_masked_tokens,
+    ibot_loss,
+    patch_head,
+)
 from medssl_cli.objectives.koleo import koleo_loss
+from medssl_cli.objectives.semi_supervised import SemiSupervised
 
 Momentum = Annotated[float, Field(ge=0, le=1)]
 CenteringName = Literal["centering", "sinkhorn_knopp"]
@@ -39,51 +47,88 @@ class TeacherConfig(Config):
     """Temperature after the warm-up."""
     warmup_teacher_temp_epochs: NonNegativeFloat = 30
     """Epochs of the linear warm-up of the temperature."""
+    warmup_teacher_patch_temp: PositiveFloat | None = None
+    """Temperature of the patch targets at the start; null is that of the cls targets."""
+    teacher_patch_temp: PositiveFloat | None = None
+    """Temperature of the patch targets after their warm-up; null is that of the cls targets."""
+    warmup_teacher_patch_temp_epochs: NonNegativeFloat | None = None
+    """Epochs of the warm-up of the temperature of the patch targets; null is that of the cls targets."""
     init_with_student_weights: bool = True
     """Kept for existing files, without effect: the teacher always starts as a copy of the student."""
 
 
+class _PatchTokens(NamedTuple):
+    """The patch tokens of the global crops that matter in one batch, as positions in (V, N) flattened.
+
+    Args:
+        index_M: Where the targets are.
+        existing_T: Those of all sequences that exist, in order; None if no head needs to see them.
+    """
+
+    index_M: Tensor
+    existing_T: Tensor | None
+
+    def seen(self, everything: bool) -> tuple[Tensor, Tensor | None]:
+        """Positions of the tokens that a head sees, and where the targets lie among them; None: they are the same."""
+        if not everything or self.existing_T is None:
+            return self.index_M, None
+        return self.existing_T, torch.searchsorted(self.existing_T, self.index_M)
+
+
 class SelfDistillation(nn.Module):
-    """The objective of pretraining: student, teacher and the three losses between them.
+    """The objective of pretraining: student, teacher and the losses between them.
 
     Heads exist only where a loss needs them: ``dino_head`` for cls tokens and, unless ``ibot.separate_head``, patches;
     ``ibot_head`` for patches alone. The teacher is always in eval mode, takes no gradient, and sees the global crops
-    only, unmasked.
+    only, unmasked. A head sees the patch tokens that a loss needs, and all of them where ``ibot.center_tokens`` or a
+    norm over the rows ask for it.
 
     Args:
         student_backbone: Keeps the ``Backbone`` protocol; with its initial weights already loaded.
         teacher_backbone: The same network without stochastic depth; its weights are overwritten by the student's.
-        make_head: Called with ``dino`` or ``ibot`` for a head of that shape, for the student and for the teacher.
+        make_head: Called with ``dino`` or ``ibot`` for a head of that shape, for the student and for the teacher alike.
+            With ``ibot.separate_last_layer`` also with ``n_patch_prototypes``: such a head is called with the number of
+            patch tokens at the end of its rows, and gives two sets of logits.
         dino: Loss weights and head shape.
         ibot: Loss weight and head shape.
         centering: How teacher logits become targets.
+        semi_supervised: Classes from the student's cls tokens; None without labels. It has no teacher.
     """
 
     def __init__(
         self,
         student_backbone: nn.Module,
         teacher_backbone: nn.Module,
-        make_head: Callable[[HeadConfig], nn.Module],
+        make_head: Callable[..., nn.Module],
         *,
         dino: DinoConfig,
         ibot: IbotConfig,
         centering: CenteringName = "centering",
+        semi_supervised: SemiSupervised | None = None,
     ) -> None:
         super().__init__()
         if not (dino.loss_weight or ibot.loss_weight):
             raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: there is nothing to learn")
         self.dino, self.ibot = dino, ibot
-        heads: dict[str, HeadConfig] = {}
+        for_patches = patch_head(dino, ibot)
+        # without a loss on cls tokens the layer of the patch tokens is the head's only one
+        self._two_last_layers = ibot.separate_last_layer and bool(dino.loss_weight and ibot.loss_weight)
+        extra = {"n_patch_prototypes": for_patches.head_n_prototypes} if self._two_last_layers else {}
+        shapes: dict[str, tuple[HeadConfig, dict[str, int]]] = {}
         if dino.loss_weight or not ibot.separate_head:
-            heads["dino_head"] = dino
+            shapes["dino_head"] = (dino if dino.loss_weight else for_patches, extra)
         if ibot.loss_weight and ibot.separate_head:
-            heads["ibot_head"] = ibot
-        self.student = nn.ModuleDict({"backbone": student_backbone, **{k: make_head(v) for k, v in heads.items()}})
-        self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **{k: make_head(v) for k, v in heads.items()}})
+            shapes["ibot_head"] = (ibot, {})
+        self.student, self.teacher = (
+            nn.ModuleDict({"backbone": backbone, **{k: make_head(v, **more) for k, (v, more) in shapes.items()}})
+            for backbone in (student_backbone, teacher_backbone)
+        )
+        self.class_head = semi_supervised
         centred = centering == "centering"
-        patch_prototypes = (ibot if ibot.separate_head else dino).head_n_prototypes
         self.dino_center = Centering(dino.head_n_prototypes) if centred and dino.loss_weight else None
-        self.ibot_center = Centering(patch_prototypes) if centred and ibot.loss_weight else None
+        self.ibot_center = Centering(for_patches.head_n_prototypes) if centred and ibot.loss_weight else None
+        self._student_sees_all = for_patches.needs_all_tokens
+        self._teacher_sees_all = self.ibot_center is not None and ibot.center_tokens == "all"
         self._seen: dict[str, Tensor] = {}
         self.teacher.requires_grad_(False)
         self.copy_student_to_teacher()
@@ -104,31 +149,35 @@ class SelfDistillation(nn.Module):
 
         Args:
             batch: Views on the device of the parameters.
-            values: ``teacher_temp``.
+            values: ``teacher_temp``, and ``teacher_patch_temp`` where the patch targets have their own.
 
         Returns:
-            Those that are on of ``dino_local_crops_loss``, ``dino_global_crops_loss``, ``ibot_loss``, ``koleo_loss``.
+            Those that are on of ``dino_local_crops_loss``, ``dino_global_crops_loss``, ``ibot_loss``, ``koleo_loss``,
+            ``semi_supervised_loss``.
 
         Raises:
             ValueError: The parts of the batch do not fit together.
         """
         local_crops = _count_local_crops(batch)
         masked = find_masked_tokens(batch.token_mask_VN, batch.available_BS) if self.ibot.loss_weight else None
-        cls_targets_VK, patch_targets_MK = self._teach(batch, masked, values["teacher_temp"])
-        global_, local = self._study(batch, local_crops)
-        cls_tokens = [global_.cls_BD] if local is None else [global_.cls_BD, local.cls_BD]
-        cls_logits_VK, patch_logits_MK = self._project(self.student, cls_tokens, global_, masked)
+        tokens = None if masked is None else self._patch_tokens(masked.index_M, batch)
+        cls_targets_VK, patch_targets_MK = self._teach(batch, tokens, values)
+        cls_tokens, patches_TD, place_M = self._study(batch, local_crops, tokens)
+        cls_logits_VK, patch_logits_TK = self._project(self.student, cls_tokens, patches_TD)
         terms: dict[str, Tensor] = {}
         if cls_logits_VK is not None and cls_targets_VK is not None:
             global_VK, local_VK = cls_logits_VK.tensor_split([len(cls_targets_VK)])
             pairs = dino_losses(global_VK, local_VK if local_crops else None, cls_targets_VK)
             terms |= {name: self.dino.loss_weight * loss for name, loss in pairs.items()}
             self._seen |= {"targets_VK": cls_targets_VK, "student_best_V": global_VK.detach().argmax(1)}
-        if masked is not None and patch_logits_MK is not None and patch_targets_MK is not None:
+        if masked is not None and patch_logits_TK is not None and patch_targets_MK is not None:
+            patch_logits_MK = _pick(patch_logits_TK, place_M)
             terms["ibot_loss"] = self.ibot.loss_weight * ibot_loss(patch_logits_MK, patch_targets_MK, masked)
         if self.dino.koleo_loss_weight:
-            views = global_.cls_BD.chunk(2)
+            views = cls_tokens[0].chunk(2)
             terms["koleo_loss"] = self.dino.koleo_loss_weight * (koleo_loss(views[0]) + koleo_loss(views[1]))
+        if self.class_head is not None:
+            terms["semi_supervised_loss"] = self.class_head(torch.cat(cls_tokens), batch.labels_B)
         return terms
 
     @torch.no_grad()
@@ -155,7 +204,8 @@ class SelfDistillation(nn.Module):
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The student's ``backbone`` and heads by name; each is clipped by its own gradient norm."""
-        return dict(self.student.items())
+        modules = dict(self.student.items())
+        return modules if self.class_head is None else {**modules, "class_head": self.class_head}
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:
@@ -178,51 +228,78 @@ class SelfDistillation(nn.Module):
             figures["center_norm"] = float(center.center.norm())
         return figures
 
+    def _patch_tokens(self, index_M: Tensor, batch: Batch) -> _PatchTokens:
+        existing = self._student_sees_all or self._teacher_sees_all
+        tokens = batch.token_mask_VN.shape[1]
+        return _PatchTokens(index_M, find_existing_tokens(batch.available_BS, tokens) if existing else None)
+
     @torch.no_grad()
     def _teach(
-        self, batch: Batch, masked: MaskedTokens | None, temperature: float
+        self, batch: Batch, tokens: _PatchTokens | None, values: Mapping[str, float]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Targets (2B, K) of the cls tokens and (M, K) of the masked tokens, from whole global crops."""
-        features = self.teacher["backbone"](batch.global_VSHW, available_BS=batch.available_BS.repeat(2, 1))
-        if masked is not None and features.patches_BND.shape[:2] != batch.token_mask_VN.shape:
-            raise ValueError(
-                f"token mask {tuple(batch.token_mask_VN.shape)} does not fit patch tokens "
-                f"{tuple(features.patches_BND.shape)} of (sequences, rows, columns) {features.grid}"
+        backbone, available_VS = self.teacher["backbone"], batch.available_BS.repeat(2, 1)
+        index_T, place_M = (None, None) if tokens is None else tokens.seen(self._teacher_sees_all)
+        if hasattr(backbone, "forward_needed"):
+            wanted_T = _no_tokens(batch) if index_T is None else index_T
+            ((cls_VD, patches_TD),) = backbone.forward_needed(  # type: ignore[operator]
+                [batch.global_VSHW], [None], [available_VS], [wanted_T]
             )
-        self._seen = {"teacher_cls_VD": features.cls_BD.clone()}  # a view would keep all tokens alive
-        cls_logits_VK, patch_logits_MK = self._project(self.teacher, [features.cls_BD], features, masked)
+        else:
+            features = backbone(batch.global_VSHW, available_BS=available_VS)
+            if index_T is not None and features.patches_BND.shape[:2] != batch.token_mask_VN.shape:
+                raise ValueError(
+                    f"token mask {tuple(batch.token_mask_VN.shape)} does not fit patch tokens "
+                    f"{tuple(features.patches_BND.shape)} of (sequences, rows, columns) {features.grid}"
+                )
+            cls_VD, patches_TD = features.cls_BD, _pick(features.patches_BND.flatten(0, 1), index_T)
+        self._seen = {"teacher_cls_VD": cls_VD.clone()}  # a view would keep all tokens alive
+        cls_logits_VK, patch_logits_TK = self._project(self.teacher, [cls_VD], None if tokens is None else patches_TD)
+        temperature = values["teacher_temp"]
         return (
             _targets(cls_logits_VK, self.dino_center, temperature),
-            _targets(patch_logits_MK, self.ibot_center, temperature),
+            _targets(patch_logits_TK, self.ibot_center, values.get("teacher_patch_temp", temperature), place_M),
         )
 
-    def _study(self, batch: Batch, local_crops: int) -> tuple[Features, Features | None]:
-        """Student features of the masked global crops and, if there are any, of the local crops."""
-        available_BS = batch.available_BS
-        if batch.local_VSHW is None or not local_crops:
-            found = self.student["backbone"].forward_list(  # type: ignore[operator]
-                [batch.global_VSHW], [batch.token_mask_VN], [available_BS.repeat(2, 1)]
+    def _study(
+        self, batch: Batch, local_crops: int, tokens: _PatchTokens | None
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """Student: cls tokens of the masked global crops and of the local crops, if there are any; patch tokens (T, D)
+        of the global crops for the head; and where the targets lie among these.
+        """
+        images, masks = [batch.global_VSHW], [batch.token_mask_VN, None]
+        available = [batch.available_BS.repeat(2, 1), batch.available_BS.repeat(max(local_crops, 1), 1)]
+        if batch.local_VSHW is not None and local_crops:
+            images.append(batch.local_VSHW)
+        groups = len(images)
+        index_T, place_M = (None, None) if tokens is None else tokens.seen(self._student_sees_all)
+        backbone = self.student["backbone"]
+        if hasattr(backbone, "forward_needed"):
+            none = _no_tokens(batch)
+            wanted = [none if index_T is None else index_T, none]
+            found = backbone.forward_needed(  # type: ignore[operator]
+                images, masks[:groups], available[:groups], wanted[:groups]
             )
-            return found[0], None
-        found = self.student["backbone"].forward_list(  # type: ignore[operator]
-            [batch.global_VSHW, batch.local_VSHW],
-            [batch.token_mask_VN, None],
-            [available_BS.repeat(2, 1), available_BS.repeat(local_crops, 1)],
-        )
-        return found[0], found[1]
+            return [cls for cls, _ in found], None if tokens is None else found[0][1], place_M
+        features = backbone.forward_list(images, masks[:groups], available[:groups])  # type: ignore[operator]
+        cls = [each.cls_BD for each in features]
+        return cls, None if tokens is None else _pick(features[0].patches_BND.flatten(0, 1), index_T), place_M
 
     def _project(
-        self, network: nn.ModuleDict, cls_tokens: list[Tensor], global_: Features, masked: MaskedTokens | None
+        self, network: nn.ModuleDict, cls_tokens: list[Tensor], patches_TD: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of all cls tokens and of the masked patch tokens; one call a head."""
+        """Logits of all cls tokens and of the patch tokens, None where no loss needs them; one call a head."""
         cls = cls_tokens if self.dino.loss_weight else []
-        if masked is None:
+        if patches_TD is None:
             return network["dino_head"](torch.cat(cls)), None
-        patches_MD = global_.patches_BND.flatten(0, 1).index_select(0, masked.index_M)
         if self.ibot.separate_head:
-            return network["dino_head"](torch.cat(cls)) if cls else None, network["ibot_head"](patches_MD)
-        logits = network["dino_head"](torch.cat([*cls, patches_MD]))
-        cls_logits, patch_logits = logits.tensor_split([len(logits) - len(patches_MD)])
+            return network["dino_head"](torch.cat(cls)) if cls else None, network["ibot_head"](patches_TD)
+        rows_TD = torch.cat([*cls, patches_TD])
+        if self._two_last_layers:
+            cls_logits, patch_logits = network["dino_head"](rows_TD, len(patches_TD))
+            return cls_logits, patch_logits
+        logits = network["dino_head"](rows_TD)
+        cls_logits, patch_logits = logits.tensor_split([len(logits) - len(patches_TD)])
         return cls_logits if cls else None, patch_logits
 
 
@@ -255,7 +332,7 @@ def expected_first_loss(
         layerscale: Of the backbone; 0 stands for none.
 
     Returns:
-        The terms that ``SelfDistillation.losses`` returns with the same settings.
+        The terms that ``SelfDistillation.losses`` returns with the same settings, without labels.
     """
     terms: dict[str, float] = {}
     if dino.loss_weight:
@@ -265,8 +342,8 @@ def expected_first_loss(
             terms["dino_local_crops_loss"] = each * local_crops_number
         terms["dino_global_crops_loss"] = each
     if ibot.loss_weight:
-        prototypes = (ibot if ibot.separate_head else dino).head_n_prototypes
-        terms["ibot_loss"] = ibot.loss_weight * ibot.masked_crops_share(n_sequences) * math.log(prototypes)
+        share = ibot.masked_crops_share(n_sequences) if ibot.masks_at(0, 1) else 0.0
+        terms["ibot_loss"] = ibot.loss_weight * share * math.log(patch_head(dino, ibot).head_n_prototypes)
     if dino.koleo_loss_weight:
         terms["koleo_loss"] = dino.koleo_loss_weight * 2 * -math.log(layerscale or 1.0) * (batch_size > 1)
     return terms
@@ -307,10 +384,26 @@ def effective_rank(rows_MD: Tensor) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
-def _targets(logits_MK: Tensor | None, center: Centering | None, temperature: float) -> Tensor | None:
-    if logits_MK is None:
+def _targets(
+    logits_TK: Tensor | None, center: Centering | None, temperature: float, place_M: Tensor | None = None
+) -> Tensor | None:
+    """Targets of the rows at ``place_M``, or of all rows; all rows enter the centre."""
+    if logits_TK is None:
         return None
-    return sinkhorn_knopp(logits_MK, temperature) if center is None else center.targets(logits_MK, temperature)
+    if center is None:
+        return sinkhorn_knopp(_pick(logits_TK, place_M), temperature)
+    if place_M is None:
+        return center.targets(logits_TK, temperature)
+    center.see(logits_TK)
+    return center.softmax(_pick(logits_TK, place_M), temperature)
+
+
+def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
+
+
+def _no_tokens(batch: Batch) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=batch.global_VSHW.device)
 
 
 def _count_local_crops(batch: Batch) -> int:

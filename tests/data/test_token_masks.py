@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from medssl_cli.data.token_masks import block_masks, draw_token_masks, hidden_whole
+from medssl_cli.data.token_masks import block_masks, draw_token_masks, hidden_whole, no_masks
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -146,3 +147,93 @@ def test_same_seed_same_masks() -> None:
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'block'"):
         draw_token_masks(2, 1, (4, 4), rng(), mode="block")  # type: ignore[arg-type]
+
+
+# --- a ratio for each image (iBOT) -----------------------------------------------------------------------------------
+
+
+def image_mask_by_loop(rng: np.random.Generator, side: int = 14) -> np.ndarray:
+    """One mask as the text of the method has it: pick a ratio, then rectangle after rectangle, ten tries for each."""
+    ratio = (0.0, rng.uniform(0.1, 0.5))[rng.integers(2)]
+    request, mask, smallest = ratio * side * side, np.zeros((side, side), dtype=bool), (side // 3) ** 2
+    while mask.sum() < request:
+        remaining = request - mask.sum()
+        for _ in range(10):
+            area = smallest + (remaining - smallest) * rng.random()
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (1 <= height <= side and 1 <= width <= side):
+                continue
+            top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+            new = (~mask[top : top + height, left : left + width]).sum()
+            if 1 <= new <= remaining:
+                mask[top : top + height, left : left + width] = True
+                break
+        else:
+            return mask
+    return mask
+
+
+def per_image(n_crops: int, seed: int = 0, n_sequences: int = 1, **settings: Any) -> np.ndarray:
+    settings = {"mode": "shared", **settings}
+    return draw_token_masks(n_crops, n_sequences, (14, 14), rng(seed), sampling="per_image", **settings).flat()
+
+
+def test_masks_for_each_image_have_the_published_shares() -> None:
+    share = per_image(6000).mean(1)
+    masked = share[share > 0]
+    assert (share == 0).mean() == pytest.approx(0.503, abs=0.02)  # three standard deviations
+    assert masked.mean() == pytest.approx(0.29, abs=0.01)
+    assert 0.48 < masked.max() <= 0.4950
+    empty = [(per_image(64, seed) == 0).all(1).sum() for seed in range(30)]
+    assert np.std(empty) == pytest.approx(4, abs=1.6)  # a draw for each crop: binomial, not a fixed share
+
+
+def test_masks_for_each_image_are_distributed_as_by_the_plain_loop() -> None:
+    draws = 1200
+    ours = per_image(draws, 5).reshape(-1, 14, 14)
+    loop_rng = rng(6)
+    theirs = np.stack([image_mask_by_loop(loop_rng) for _ in range(draws)])
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 5 * math.sqrt(2 * 0.25 / draws)
+    for measure in (lambda m: m.any(2).sum(1), lambda m: (m[:, 1:] != m[:, :-1]).sum((1, 2)), lambda m: m.sum((1, 2))):
+        a, b = measure(ours).astype(float), measure(theirs).astype(float)
+        assert abs(a.mean() - b.mean()) < 5 * math.sqrt((a.var() + b.var()) / draws)
+
+
+def test_single_patches_reach_the_requested_number_exactly() -> None:
+    counts = per_image(500, pred_ratio=(0.3,), pred_ratio_var=(0.0,), shape="rand").sum(1)
+    np.testing.assert_array_equal(counts, math.floor(0.3 * 196))
+    spread = per_image(3000, pred_ratio=(0.3,), pred_ratio_var=(0.0,), shape="rand").mean(0)
+    assert np.abs(spread - 58 / 196).max() < 5 * math.sqrt(0.25 / 3000)  # anywhere alike
+    stratified = draw_token_masks(40, 1, (14, 14), rng(), mode="shared", shape="rand").flat().sum(1)
+    assert (stratified > 0).sum() == 20
+
+
+def test_exact_masks_of_an_image_hold_the_whole_number() -> None:
+    counts = per_image(300, pred_ratio=(0.31,), pred_ratio_var=(0.0,), exact=True).sum(1)
+    np.testing.assert_array_equal(counts, math.floor(0.31 * 196))
+
+
+def test_ratios_for_each_image_go_with_every_mode() -> None:
+    ratios: dict[str, Any] = {"pred_ratio": (0.2, 0.4), "pred_ratio_var": (0.0, 0.0), "exact": True}
+    shared = per_image(60, n_sequences=3, **ratios).reshape(60, 3, 196)
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :1], shared.shape))
+    assert set(shared.sum(2).flat) == {39, 78}
+    own = per_image(60, n_sequences=3, mode="independent", **ratios).reshape(60, 3, 196)
+    assert not any(np.array_equal(crop[0], crop[1]) for crop in own)
+    np.testing.assert_array_equal(own.sum(2), np.broadcast_to(own[:, :1].sum(2), (60, 3)))  # one ratio for a crop
+    whole = per_image(60, n_sequences=3, mode="full_sequence", **ratios).reshape(60, 3, 196)
+    np.testing.assert_array_equal(whole.all(2).sum(1), 1)
+
+
+def test_masks_that_hide_nothing_and_settings_that_mean_nothing() -> None:
+    assert not no_masks(4, 3, (5, 5)).flat().any()
+    assert no_masks(4, 3, (5, 5)).flat().shape == (4, 75)
+    assert not per_image(20, pred_ratio=(0.0,), pred_ratio_var=(0.0,)).any()
+    for settings in ({"pred_ratio": (0.1,)}, {"pred_ratio": (0.1, 0.1)}):
+        with pytest.raises(ValueError, match="half widths"):
+            per_image(4, **settings)
+    with pytest.raises(ValueError, match="got 'ring'"):
+        per_image(4, shape="ring")
+    with pytest.raises(ValueError, match="got 'often'"):
+        draw_token_masks(4, 1, (4, 4), rng(), sampling="often")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 from scipy.interpolate import make_interp_spline
 
@@ -399,6 +400,49 @@ def test_histogram_shift_leaves_a_constant_crop() -> None:
     assert torch.equal(HistogramShift().apply(crops, HistogramShift().draw(2, 1, rng()), everything(crops)), crops)
 
 
+def eight_bits(crop_3GG: torch.Tensor) -> Image.Image:
+    return Image.fromarray((crop_3GG * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "pillow"),
+    [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
+    ids=["brightness", "contrast", "saturation"],
+)
+def test_colour_jitter_equals_pillow(kind: int, pillow: Any) -> None:
+    crops = (images(3, 3, 12, 12) * 255).round() / 255
+    draws = ColorJitter(1.0).draw(3, 3, rng(2))
+    draws.factor_V4 = np.where(np.arange(4) == kind, draws.factor_V4, [1.0, 1.0, 1.0, 0.0])
+    draws.grey_V[:] = False
+    result = ColorJitter(1.0).apply(crops, draws, everything(crops)) * 255
+    for v in range(3):
+        expected = np.asarray(pillow(eight_bits(crops[v])).enhance(draws.factor_V4[v, kind]), dtype=float)
+        np.testing.assert_allclose(result[v].permute(1, 2, 0).numpy(), expected, atol=2)  # Pillow cuts to whole levels
+
+
+def test_grey_and_solarise_equal_pillow() -> None:
+    crops = (images(2, 3, 12, 12) * 255).round() / 255
+    draws = ColorJitter(0.0).draw(2, 3, rng())
+    draws.grey_V[:] = [True, False]
+    grey = ColorJitter(0.0).apply(crops, draws, everything(crops))
+    expected = np.asarray(eight_bits(crops[0]).convert("L"), dtype=float)
+    for channel in grey[0]:
+        np.testing.assert_allclose(255 * channel.numpy(), expected, atol=1)
+    assert torch.equal(grey[1], crops[1])
+    solarised = transforms.solarize(crops, np.array([True, True]))
+    for v in range(2):
+        expected = np.asarray(ImageOps.solarize(eight_bits(crops[v]), 128), dtype=float)
+        np.testing.assert_allclose(255 * solarised[v].permute(1, 2, 0).numpy(), expected, atol=1e-3)
+
+
+def test_mirrored_crops_equal_pillow() -> None:
+    crops = (images(1, 3, 12, 12) * 255).round() / 255
+    box = torch.tensor([[0, 0, 12, 12]])
+    result = transforms.resize_crops(crops, box, np.array([True]), 12)[0]
+    expected = np.asarray(ImageOps.mirror(eight_bits(crops[0])), dtype=float)
+    np.testing.assert_allclose(255 * result.permute(1, 2, 0).numpy(), expected, atol=1e-3)
+
+
 # --- extras ----------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +458,13 @@ def test_blur_equals_scipy() -> None:
         x = before[v].double().numpy()
         expected = ndimage.correlate1d(ndimage.correlate1d(x, taps, axis=1, mode="mirror"), taps, axis=2, mode="mirror")
         np.testing.assert_allclose(result[v].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+def test_blur_equals_scipys_gaussian_filter(sigma: float) -> None:
+    crops = images(1, 2, 16, 16)
+    expected = [ndimage.gaussian_filter(x, sigma, radius=4, mode="mirror") for x in crops[0].double().numpy()]
+    np.testing.assert_allclose(transforms.blur(crops, np.array([sigma]))[0].numpy(), expected, atol=1e-6)
 
 
 def test_t09_blur_hits_the_asked_share_of_crops() -> None:

@@ -348,7 +348,58 @@ def test_mask_settings_reach_the_sampler() -> None:
     assert (masked.sum(2) >= 13).all()
 
 
+def test_w19_before_the_first_masked_epoch_no_token_is_hidden_and_the_crops_are_the_same() -> None:
+    crop = MultiCrop(small(), 4, 3, mask_sample_probability=1.0)
+    whole, masked = (crop(make_batch(), 7, masking=masking) for masking in (False, True))
+    assert not whole.token_mask_VN.any()  # the sequence that would be hidden whole included
+    assert masked.token_mask_VN.any(1).all()
+    assert whole.token_mask_VN.shape == masked.token_mask_VN.shape
+    assert torch.equal(whole.global_VSHW, masked.global_VSHW)
+    assert torch.equal(whole.local_VSHW, masked.local_VSHW)
+
+
+def test_ibot_mask_settings_reach_the_sampler() -> None:
+    settings: dict[str, Any] = {"mask_mode": "shared", "mask_sampling": "per_image"}
+    crop = MultiCrop(small(), 4, 1, pred_ratio=(0.25,), pred_ratio_var=(0.0,), pred_shape="rand", **settings)
+    counts = crop(make_batch(8, 1), 0).token_mask_VN.sum(1)
+    assert (counts == counts[0]).all()
+    tokens = crop.grid[0] * crop.grid[1]
+    assert counts[0] == tokens // 4
+    short = MultiCrop(small(), 4, 1, pred_ratio=(0.45,), pred_ratio_var=(0.0,), mask_exact=True, **settings)
+    assert (short(make_batch(8, 1), 0).token_mask_VN.sum(1) == int(0.45 * tokens)).all()
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_views_of_ibot_for_photographs_can_be_written_down() -> None:
+    """Aspect 0.8 to 1.2, jitter, grey, blur as it says up to 2, solarised second views, no gamma, no local crops."""
+    config = small(
+        crops_aspect=(0.8, 1.2), local_crops_number=0, intensity_aug="color_jittering", intensity_aug_prob=0.8,
+        color_jitter=(0.4, 0.4, 0.2, 0.1), grey_prob=0.2, blur_probs=(1.0, 0.1, 0.5), max_blur_radius=2.0,
+        solarize_prob=0.2, gamma_range=(1.0, 1.0), mean=(0.4, 0.3, 0.2), std=(0.3, 0.2, 0.1),
+    )  # fmt: skip
+    crop, batch = MultiCrop(config, 4, 1), make_batch(400, 3, roi=False)
+    draws = crop.draw(batch, 0)
+    views = draws.global_views
+    aspect = (views.boxes_V4[:, 3] / views.boxes_V4[:, 2]).double()
+    assert 0.72 < aspect.min() < 0.9 < 1.1 < aspect.max() < 1.34  # sides are whole pixels
+    first, second = slice(0, 400), slice(400, 800)
+    assert (views.blur_sigma_V[first] > 0).all()
+    assert 1.7 < views.blur_sigma_V.max() <= 2.0
+    assert (views.blur_sigma_V[second] > 0).mean() == pytest.approx(0.1, abs=0.05)
+    assert not views.solarize_V[first].any()
+    assert views.solarize_V[second].mean() == pytest.approx(0.2, abs=0.06)
+    assert (views.gamma_V == 1).all()
+    assert views.intensity.changed_V.mean() == pytest.approx(0.8, abs=0.05)
+    assert views.intensity.grey_V.mean() == pytest.approx(0.2, abs=0.05)
+    assert draws.local_views is None
+
+
+def test_other_numbers_of_global_crops_are_refused_with_the_reason() -> None:
+    assert CropsConfig(global_crops_number=2) == CropsConfig()
+    with pytest.raises(ValidationError, match="the losses compare two, of which each is the target of the other"):
+        CropsConfig(global_crops_number=4)
 
 
 def test_t38_a_size_that_does_not_divide_is_told_its_neighbours() -> None:

@@ -81,3 +81,40 @@ def test_other_scaling_rules() -> None:
     assert math.isclose(effective_lr(4e-3, 256, "sqrt_wrt_1024"), 2e-3)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         effective_lr(1e-3, 0, "identity")
+
+
+def test_w16_linear_rule_of_the_published_run() -> None:
+    assert effective_lr(7.5e-5, 512, "linear_wrt_256") == pytest.approx(1.5e-4)
+    assert effective_lr(7.5e-5, 512, "sqrt_wrt_1024") == pytest.approx(7.5e-5 * math.sqrt(0.5))
+
+
+def test_w20_warmup_longer_than_the_run_stays_a_rising_rate() -> None:
+    run = Schedules(total_steps=5 * 4, epoch_steps=4, lr=1.5e-4, min_lr=2e-6, warmup_epochs=50)
+    rates = [run.at(step)["lr"] for step in range(20)]
+    np.testing.assert_allclose(rates, np.linspace(0, 1.5e-4, 20), rtol=1e-9)
+    assert "200 steps is longer than the run of 20" in run.warnings()[0]
+
+
+def test_w15_patch_targets_may_have_their_own_temperature() -> None:
+    common = {"total_steps": 100, "epoch_steps": 2, "lr": 1e-3}
+    assert "teacher_patch_temp" not in Schedules(**common).at(0)
+    same = Schedules(**common, warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07)
+    assert "teacher_patch_temp" not in same.at(0)
+    # the documented run: falling for cls tokens, rising for patches
+    run = Schedules(
+        **common, warmup_teacher_temp=0.07, teacher_temp=0.04, warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07
+    )
+    ramp = np.linspace(0, 1, 60)
+    np.testing.assert_allclose([run.at(i)["teacher_temp"] for i in range(60)], 0.07 - 0.03 * ramp)
+    np.testing.assert_allclose([run.at(i)["teacher_patch_temp"] for i in range(60)], 0.04 + 0.03 * ramp)
+    assert (run.at(99)["teacher_temp"], run.at(99)["teacher_patch_temp"]) == (0.04, 0.07)
+    shorter = Schedules(**common, warmup_teacher_patch_temp_epochs=5)
+    assert [shorter.at(i)["teacher_patch_temp"] for i in (0, 9, 10)] == [0.04, 0.07, 0.07]
+
+
+def test_last_layer_is_frozen_by_its_rate_or_by_its_gradient() -> None:
+    common = {"total_steps": 100, "epoch_steps": 5, "lr": 1e-3, "warmup_epochs": 0, "freeze_last_layer_epochs": 3}
+    assert "last_layer_frozen" not in Schedules(**common).at(0)
+    run = Schedules(**common, freeze_last_layer="gradient")
+    assert [run.at(step)["last_layer_frozen"] for step in (0, 14, 15)] == [1.0, 1.0, 0.0]
+    assert [run.at(step)["last_layer_lr"] > 0 for step in (0, 14, 15)] == [False, False, True]

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl_cli.core.protocols import Batch, Features
+from medssl_cli.models.heads import DINOHead
 from medssl_cli.objectives.dino import DinoConfig, HeadConfig
 from medssl_cli.objectives.ibot import IbotConfig
 from medssl_cli.objectives.self_distillation import SelfDistillation
+from medssl_cli.objectives.semi_supervised import SemiSupervised
 
 WIDTH, PATCH, SEQUENCES, GLOBAL, LOCAL = 32, 8, 3, 16, 8  # 3 x 4 tokens of a global crop, 3 x 1 of a local one
 
@@ -59,6 +61,40 @@ class FakeBackbone(nn.Module):
         return [self(*crops) for crops in zip(images, token_masks, available, strict=True)]
 
 
+class NeededBackbone(FakeBackbone):
+    """The same numbers through the call that gives only the tokens that are asked for; remembers which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[Tensor]] = []
+
+    def forward_needed(
+        self,
+        images: Sequence[Tensor],
+        token_masks: Sequence[Tensor | None],
+        available: Sequence[Tensor | None],
+        patch_index: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        self.asked.append(list(patch_index))
+        found = self.forward_list(images, token_masks, available)
+        return [(f.cls_BD, f.patches_BND.flatten(0, 1)[i]) for f, i in zip(found, patch_index, strict=True)]
+
+
+def real_head(shape: HeadConfig, n_patch_prototypes: int | None = None) -> DINOHead:
+    """The head of the program, as a run builds it."""
+    return DINOHead(
+        WIDTH,
+        shape.head_n_prototypes,
+        shape.head_hidden_dim,
+        shape.head_bottleneck_dim,
+        shape.head_nlayers,
+        train_gains=not shape.norm_last_layer,
+        norm=shape.norm_in_head,
+        activation=shape.act_in_head,
+        n_patch_prototypes=n_patch_prototypes,
+    )
+
+
 class FakeHead(nn.Module):
     """Cosines with K prototypes; remembers how many rows each call had."""
 
@@ -80,16 +116,24 @@ class FakeHead(nn.Module):
 SMALL = {"head_n_prototypes": 16, "head_bottleneck_dim": 8, "head_hidden_dim": 24}
 
 
-def make_objective(seed: int = 0, centering: Any = "centering", **settings: dict[str, Any]) -> SelfDistillation:
+def make_objective(
+    seed: int = 0,
+    centering: Any = "centering",
+    backbone: Callable[[], nn.Module] = FakeBackbone,
+    head: Callable[..., nn.Module] = FakeHead,
+    classes: SemiSupervised | None = None,
+    **settings: dict[str, Any],
+) -> SelfDistillation:
     """A small objective; ``dino={...}`` and ``ibot={...}`` change single settings."""
     torch.manual_seed(seed)
     return SelfDistillation(
-        FakeBackbone(),
-        FakeBackbone(),
-        FakeHead,
+        backbone(),
+        backbone(),
+        head,
         dino=DinoConfig(**{**SMALL, **settings.get("dino", {})}),
         ibot=IbotConfig(**{**SMALL, **settings.get("ibot", {})}),
         centering=centering,
+        semi_supervised=classes,
     )
 
 
@@ -110,6 +154,16 @@ def make_batch(samples: int = 4, local_crops: int = 2, seed: int = 0, masked: fl
 @pytest.fixture(name="make_objective")
 def _make_objective() -> Callable[..., SelfDistillation]:
     return make_objective
+
+
+@pytest.fixture(name="needed_backbone")
+def _needed_backbone() -> type[nn.Module]:
+    return NeededBackbone
+
+
+@pytest.fixture(name="real_head")
+def _real_head() -> Callable[..., nn.Module]:
+    return real_head
 
 
 @pytest.fixture(name="make_batch")

@@ -133,4 +133,7 @@ def test_defaults_are_the_framework_s() -> None:
         "head_nlayers": 3,
         "loss_weight": 1.0,
         "koleo_loss_weight": 0.1,
+        "norm_last_layer": False,
+        "norm_in_head": "none",
+        "act_in_head": "gelu",
     }

@@ -10,7 +10,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from medssl_cli.objectives.dino import DinoConfig
-from medssl_cli.objectives.ibot import IbotConfig, find_masked_tokens, head_warning, ibot_loss
+from medssl_cli.objectives.ibot import (
+    IbotConfig,
+    find_existing_tokens,
+    find_masked_tokens,
+    head_warning,
+    ibot_loss,
+    mask_warning,
+    patch_head,
+)
 
 
 def all_there(samples: int, sequences: int) -> Tensor:
@@ -131,3 +139,81 @@ def test_t28_nothing_is_said_when_settings_agree_are_used_or_were_not_given() ->
     assert head_warning(dino, IbotConfig(head_n_prototypes=4096)) is None
     assert head_warning(dino, IbotConfig(head_n_prototypes=8192, separate_head=True)) is None
     assert head_warning(dino, IbotConfig()) is None
+
+
+# --- iBOT's own settings ---------------------------------------------------------------------------------------------
+
+
+def test_ratios_for_each_image_are_checked() -> None:
+    config = IbotConfig(mask_sampling="per_image", pred_ratio=0.3, pred_ratio_var=0)  # as iBOT's flags have them
+    assert (config.pred_ratio, config.pred_ratio_var) == ((0.3,), (0.0,))
+    with pytest.raises(
+        ValidationError, match="pred_ratio has 2 numbers and pred_ratio_var 1: each ratio needs its own"
+    ):
+        IbotConfig(pred_ratio_var=(0.1,))
+    with pytest.raises(ValidationError, match=r"pred_ratio 0\.1 ± pred_ratio_var 0\.2 leaves 0 \.\. 1"):
+        IbotConfig(pred_ratio=(0.0, 0.1))
+    with pytest.raises(ValidationError, match=r"leaves 0 \.\. 1"):
+        IbotConfig(pred_ratio=(0.9,), pred_ratio_var=(0.2,))
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        IbotConfig(pred_ratio=(), pred_ratio_var=())
+
+
+def test_w19_epochs_without_masks_are_counted_in_steps() -> None:
+    config = IbotConfig(pred_start_epoch=2)
+    assert [config.masks_at(step, 10) for step in (0, 19, 20, 21)] == [False, False, True, True]
+    assert IbotConfig().masks_at(0, 10)
+
+
+def test_masked_crops_of_ratios_for_each_image() -> None:
+    config = IbotConfig(mask_sampling="per_image", mask_sample_probability=0.9)
+    assert config.masked_crops_share(1) == 0.5
+    whole = IbotConfig(mask_sampling="per_image", mask_mode="full_sequence", pred_ratio=0.3, pred_ratio_var=0.2)
+    assert (whole.masked_crops_share(1), whole.masked_crops_share(3)) == (1.0, 1.0)
+
+
+def test_the_head_of_the_patches() -> None:
+    dino = DinoConfig(head_n_prototypes=4096, head_hidden_dim=64)
+    assert patch_head(dino, IbotConfig(head_n_prototypes=9)) is dino
+    own = IbotConfig(head_n_prototypes=9, separate_head=True)
+    assert patch_head(dino, own) is own
+    last = patch_head(dino, IbotConfig(head_n_prototypes=9, separate_last_layer=True))
+    assert (last.head_n_prototypes, last.head_hidden_dim) == (9, 64)
+    with pytest.raises(ValidationError, match="separate_last_layer only its end"):
+        IbotConfig(separate_head=True, separate_last_layer=True)
+
+
+@pytest.mark.parametrize("name", ["csyncbn", "psyncbn"])
+def test_norms_that_are_not_there_are_refused_with_a_way_out(name: str) -> None:
+    with pytest.raises(ValidationError, match="no published model uses; take syncbn, ln or none"):
+        DinoConfig(norm_in_head=name)  # type: ignore[arg-type]
+    assert DinoConfig(norm_in_head=None).norm_in_head == "none"  # type: ignore[arg-type]
+
+
+def test_t28_with_an_own_last_layer_the_prototypes_count_and_the_rest_does_not() -> None:
+    dino = DinoConfig(head_n_prototypes=4096)
+    ibot = IbotConfig(head_n_prototypes=8192, head_hidden_dim=64, norm_last_layer=True, separate_last_layer=True)
+    text = head_warning(dino, ibot)
+    assert text is not None
+    assert "ibot.head_hidden_dim=64 (in force: dino.head_hidden_dim=2048)" in text
+    assert "ibot.norm_last_layer=True (in force: dino.norm_last_layer=False)" in text
+    assert "prototypes" not in text
+
+
+def test_t28_settings_of_masks_without_effect_are_named() -> None:
+    assert mask_warning(IbotConfig(), "centering") is None
+    assert mask_warning(IbotConfig(mask_ratio_min_max=(0.1, 0.4)), "centering") is None
+    assert mask_warning(IbotConfig(mask_sampling="per_image", pred_ratio=(0, 0.3)), "centering") is None
+    text = mask_warning(IbotConfig(pred_ratio=(0, 0.4)), "centering")
+    assert text == "No effect with ibot.mask_sampling stratified: ibot.pred_ratio."
+    text = mask_warning(IbotConfig(mask_sampling="per_image", mask_sample_probability=0.5), "centering")
+    assert text is not None
+    assert "ibot.mask_sample_probability" in text
+    assert "mask_exact" in (mask_warning(IbotConfig(pred_shape="rand", mask_exact=True), "centering") or "")
+    assert "has no centre" in (mask_warning(IbotConfig(center_tokens="all"), "sinkhorn_knopp") or "")
+
+
+def test_existing_tokens_are_those_of_sequences_that_are_there() -> None:
+    available = torch.tensor([[True, False], [True, True]])
+    # two samples, two views, two sequences of two tokens
+    assert find_existing_tokens(available, 4).tolist() == [0, 1, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15]
