@@ -20,14 +20,20 @@ _LINES = 20
 
 
 def run(
-    source: Annotated[Path, typer.Argument(help="Case tree, image tree, or CSV with one row for each series.")],
+    source: Annotated[
+        Path, typer.Argument(help="Case tree, image tree, CSV with one row for each series, or another layout.")
+    ],
     task: Annotated[
         str | None,
         typer.Option(metavar="pretrain|images|classify", help="By default what fits the source."),
     ] = None,
     sequences: Annotated[
-        str, typer.Option(help="Sequences of each case, joined by commas; the first is the reference grid.")
-    ] = "ax_t2wi,ax_adc,ax_dwi",
+        str | None,
+        typer.Option(
+            help="Sequences of each case, joined by commas; the first is the reference grid. By default those that the "
+            "layout names, else ax_t2wi,ax_adc,ax_dwi."
+        ),
+    ] = None,
     split_csv: Annotated[
         list[Path] | None,
         typer.Option(
@@ -52,6 +58,21 @@ def run(
         typer.Option(help="stop: exit code 3 when there is an error; skip: exit code 4, bad cases are listed."),
     ] = "stop",
     workers: Annotated[int | None, typer.Option(help="Processes; by default one less than there are CPUs.")] = None,
+    layout: Annotated[
+        Literal["auto", "cases", "images", "table", "nnunet", "decathlon", "mmdinov2", "template"],
+        typer.Option(help="How the files are named; auto looks."),
+    ] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Path of a sequence, e.g. '{subject}/{sequence}.nii.gz', for --layout template.")
+    ] = "",
+    modality: Annotated[str, typer.Option(help="Kind of eye pictures; a folder of that name is taken.")] = "",
+    window_hu: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LOW,HIGH", help="Window in HU that training will take; may be given several times."),
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Mean and deviation of all images as training scales them.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Read every case and list what is wrong with it."""
@@ -60,7 +81,7 @@ def run(
     result = check_data(
         source,
         task=task,
-        sequences=tuple(name.strip() for name in sequences.split(",") if name.strip()),
+        sequences=None if sequences is None else tuple(name.strip() for name in sequences.split(",") if name.strip()),
         split_csv=tuple(split_csv or ()),
         labels=labels,
         target=target,
@@ -73,12 +94,25 @@ def run(
         on_error=on_error,
         workers=workers,
         progress=_progress(),
+        layout=layout,
+        template=template,
+        modality=modality,
+        windows_hu=[_window(text) for text in window_hu or ()],
+        stats=stats,
     )
     if json:
         typer.echo(result.to_json())
     else:
         _print(result)
     result.raise_if_bad()
+
+
+def _window(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not LOW,HIGH, e.g. --window-hu=-1000,1000") from error
+    return low, high
 
 
 def _progress() -> Callable[[int, int], None] | None:

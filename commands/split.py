@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 
 def run(
-    source: Annotated[Path, typer.Argument(help="Case tree, image tree, or CSV with one row for each series.")],
+    source: Annotated[
+        Path, typer.Argument(help="Case tree, image tree, CSV with one row for each series, or another layout.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for train.csv, val.csv, test.csv and split_summary.json.")],
     ratios: Annotated[
         tuple[float, float, float], typer.Option(help="Shares of train, val and test, three numbers.")
@@ -25,6 +27,13 @@ def run(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with an id column, for the columns of a tree.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
+    layout: Annotated[
+        Literal["auto", "cases", "images", "table", "nnunet", "decathlon", "mmdinov2", "template"],
+        typer.Option(help="How the files are named; auto looks."),
+    ] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Path of a sequence, e.g. '{subject}/{sequence}.nii.gz', for --layout template.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Split cases into train, val and test; patients stay together."""
@@ -41,5 +50,7 @@ def run(
         stratify=stratify,
         labels=labels,
         overwrite=overwrite,
+        layout=layout,
+        template=template,
     )
     typer.echo(result.to_json() if json else result.summary())

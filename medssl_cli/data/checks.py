@@ -23,6 +23,7 @@ from medssl_cli.core.volume import GRID_TOLERANCE_MM, Volume, affine_spacing, gr
 from medssl_cli.core.wording import counted
 from medssl_cli.data.images import ImageHeader, check_finite, is_image, read_header, read_image, read_volume
 from medssl_cli.data.manifest import IMAGE, Ids, Owner, read_case
+from medssl_cli.data.npy import GEOMETRY_NOTE, is_npy, npy_kind
 from medssl_cli.data.sequences import choose_sequence
 
 Severity = Literal["error", "warning", "info"]
@@ -94,12 +95,14 @@ class CaseRules:
         roi: Stem of the mask.
         min_roi_pixels: A mask whose largest slice has fewer pixels is too small.
         missing_allowed: A missing sequence is a warning instead of an error.
+        windows_hu: (low, high) of each window that training will take, in HU; none for percentiles.
     """
 
     sequences: tuple[str, ...]
     roi: str = "roi_Prostate"
     min_roi_pixels: int = 1
     missing_allowed: bool = False
+    windows_hu: tuple[tuple[float, float], ...] = ()
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
@@ -123,25 +126,71 @@ def check_case_folder(
             blocked.add(name)
     checked.findings += _choice_findings(root / case_id, case)
     checked.findings += _missing_findings(root / case_id, case, rules, blocked)
-    headers = _check_sequences(checked)
-    checked.findings += _grid_findings(case_id, headers)
-    checked.findings += _anisotropy_findings(case_id, headers)
+    headers = _check_volumes(checked, rules)
     if rules.roi:
-        _check_roi(checked, root, rules, headers)
+        try:
+            roi = read_case(root, case_id, (), roi=rules.roi).roi
+        except DataError as error:
+            checked.findings.append(Finding.of(error, case_id, root / case_id))
+        else:
+            _check_roi(checked, roi, root / case_id, rules, headers)
     return checked
 
 
-def check_case(case: Case) -> CheckedCase:
-    """One row of a series table or one image: every file that it names."""
+def check_named_case(case: Case, rules: CaseRules, root: Path) -> CheckedCase:
+    """One case whose files are known, as of a foreign layout: all that is asked of a case of a tree."""
+    checked = CheckedCase(case)
+    checked.findings += _missing_findings(root, case, rules, set())
+    headers = _check_volumes(checked, rules)
+    if rules.roi:
+        _check_roi(checked, case.roi, root, rules, headers)
+    return checked
+
+
+def check_case(case: Case, rules: CaseRules | None = None) -> CheckedCase:
+    """One row of a series table or one image: every file that it names. Of the rules, the window in HU counts."""
     checked = CheckedCase(case)
     for sequence in case.sequences.values():
-        if is_image(sequence.path):
+        if _is_picture(sequence.path):
             _check_picture(checked, sequence)
         else:
             header = _check_volume(checked, sequence)
             if header is not None:
                 checked.findings += _anisotropy_findings(case.case_id, {sequence.name: header})
+    checked.findings += _unit_findings(checked, () if rules is None else rules.windows_hu)
     return checked
+
+
+def _is_picture(path: Path) -> bool:
+    if not is_npy(path):
+        return is_image(path)
+    try:
+        return npy_kind(path) != "volume"
+    except DataError:  # the reader says what is wrong with it
+        return True
+
+
+def _check_volumes(checked: CheckedCase, rules: CaseRules) -> dict[str, ImageHeader]:
+    """Voxels of every sequence, and the grids of all against each other; headers of the readable ones."""
+    headers = _check_sequences(checked)
+    checked.findings += _grid_findings(checked.case.case_id, headers)
+    checked.findings += _anisotropy_findings(checked.case.case_id, headers)
+    checked.findings += _unit_findings(checked, rules.windows_hu)
+    return headers
+
+
+def _unit_findings(checked: CheckedCase, windows_hu: Sequence[tuple[float, float]]) -> list[Finding]:
+    """Volumes that a window in HU does not fit: 8 bits from 0 on are grey values of a picture."""
+    lowest = min((low for low, _ in windows_hu), default=0.0)
+    found = []
+    for name, volume in checked.volumes.items():
+        low, high = float(volume.array.min()), float(volume.array.max())
+        if lowest < 0 <= low and high <= 255:
+            message = f"{name} holds values from {low:g} to {high:g}, but a window begins at {lowest:g} HU."
+            fix = "leave the window out, or convert the CT again from DICOM, where -1000 is air"
+            path = str(checked.case.sequences[name].path)
+            found.append(Finding("warning", "ct_not_hu", checked.case.case_id, path, message, fix))
+    return found
 
 
 def check_geometry(case: Case) -> list[Finding]:
@@ -153,12 +202,14 @@ def check_geometry(case: Case) -> list[Finding]:
     """
     headers: dict[str, ImageHeader] = {}
     findings: list[Finding] = []
+    seen: set[Path] = set()
     for name, sequence in case.sequences.items():
         try:
             headers[name] = read_header(sequence.path)
         except DataError:
             continue
-        findings += header_findings(headers[name], case.case_id)
+        findings += header_findings(headers[name], case.case_id) if sequence.path not in seen else []
+        seen.add(sequence.path)  # a 4-D file may hold several sequences
     by_shape: dict[tuple[int, ...], dict[str, ImageHeader]] = {}
     for name, header in headers.items():
         by_shape.setdefault(header.shape[:3], {})[name] = header
@@ -256,6 +307,8 @@ def header_findings(header: ImageHeader, case_id: str) -> list[Finding]:
         )
     elif header.slope == 0:
         add("info", "scl_slope", "scl_slope is 0: voxels are taken unscaled, as NIfTI says")
+    if is_npy(header.path):
+        add("info", "npy_geometry", f"{GEOMETRY_NOTE}.")
     if header.big_endian:
         add("info", "big_endian", "The file has big-endian byte order.")
     if (header.dtype.kind == "f" and header.dtype.itemsize != 4) or header.dtype.name in ("uint16", "uint32", "int64"):
@@ -341,16 +394,13 @@ def _anisotropy_findings(case_id: str, headers: Mapping[str, ImageHeader]) -> li
     return []
 
 
-def _check_roi(checked: CheckedCase, root: Path, rules: CaseRules, headers: Mapping[str, ImageHeader]) -> None:
+def _check_roi(
+    checked: CheckedCase, mask: Path | None, folder: Path, rules: CaseRules, headers: Mapping[str, ImageHeader]
+) -> None:
     case_id = checked.case.case_id
-    try:
-        mask = read_case(root, case_id, (), roi=rules.roi).roi
-    except DataError as error:
-        checked.findings.append(Finding.of(error, case_id, root / case_id))
-        return
     if mask is None:
         message = f"There is no {rules.roi}: slices and crops take the middle of the image."
-        checked.findings.append(Finding("info", "roi_absent", case_id, str(root / case_id), message))
+        checked.findings.append(Finding("info", "roi_absent", case_id, str(folder), message))
         return
     try:
         header = read_header(mask)

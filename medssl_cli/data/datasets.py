@@ -14,7 +14,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import blosc2
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -34,13 +34,18 @@ from medssl_cli.core.errors import ConfigError, MedsslError, ResourceError
 from medssl_cli.core.protocols import SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.core.volume import AXIAL, AXIS_NAMES, Spacing
+from medssl_cli.data.layouts import LayoutChoice, check_template
+from medssl_cli.data.modalities import find_modality, unknown_modality
 from medssl_cli.data.preprocess import PreprocessConfig, scale_to_unit
-from medssl_cli.data.store import SliceFacts, Store, Window, build_store
+from medssl_cli.data.store import SliceFacts, Store, StoredSlice, Window, build_store
 
 log = logging.getLogger(__name__)
 
 MAX_ANISOTROPY = 3.0
 """A plane whose pixels are longer than this in one direction is no picture of anything: 3 mm slices cut across."""
+
+HuWindow = tuple[str, float, float]
+"""(name, value that becomes 0, value that becomes 1)."""
 
 _SQUARE = 1.05  # pixels count as square up to this ratio of their sides
 _POLL_S = 1.0
@@ -50,7 +55,16 @@ class DataConfig(Config):
     """Which images, and how a slice is drawn from a case."""
 
     root: str = ""
-    """Folder of the case tree, a series table (CSV) or an image tree."""
+    """Folder of the case tree, a series table (CSV), an image tree or another layout, see `layout`."""
+    layout: LayoutChoice = "auto"
+    """How the files under `root` are named: `<case>/<sequence>.nii.gz` (cases), pictures, a table, the raw folder of
+    nnU-Net, the Medical Segmentation Decathlon, mm-dinov2, or as `template` says; auto looks."""
+    template: str = ""
+    """Path of a sequence with the fields {subject}, {dataset}, {relative} and {sequence}, e.g.
+    {subject}/{sequence}.nii.gz; without one of the first three it counts from the folder of the case."""
+    modality: str = ""
+    """Kind of pictures: fundus, oct, external, ubm, ultrasound, mri, slitlamp or ffa, in any usual spelling. Where
+    `root` has a folder of that name, that folder is read."""
     split_csv: str | None = None
     """Table with the ids to use; all cases of `root` when not given."""
     split: Literal["TRAIN", "VAL", "TEST"] = "TRAIN"
@@ -73,6 +87,13 @@ class DataConfig(Config):
     """Pixels of the region of interest that make a slice one to draw."""
     spatial_size: PositiveInt = 224
     """Side in pixels of the square window cut from a slice."""
+    windows_hu: tuple[HuWindow, ...] | None = None
+    """CT: windows in HU that become the channels of a picture, in this order, e.g.
+    {brain: [0, 80], subdural: [-20, 180], bone: [-800, 2000]}. For volumes of one sequence; instead of
+    `preprocess.window_hu`."""
+    as_pictures: bool | None = None
+    """Hand the slices of volumes of one sequence to a backbone for plain pictures. If not given: with `windows_hu`, and
+    for a table of volumes."""
     percentage_labels: float = 1.0
     """Share of the cases with a region of interest that may use it, clipped to 0..1; with 0 no such file is read."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -91,6 +112,61 @@ class DataConfig(Config):
         if not value or not all(value) or len(set(value)) != len(value):
             raise ValueError("one or more different names are needed")
         return value
+
+    @field_validator("windows_hu", mode="before")
+    @classmethod
+    def _windows_as_list(cls, value: Any) -> Any:
+        """A mapping becomes a list, in which a change of the order shows."""
+        if not isinstance(value, Mapping):
+            return value
+        if not all(isinstance(limits, (list, tuple)) for limits in value.values()):
+            raise ValueError("each window is [low, high]")
+        return [[name, *limits] for name, limits in value.items()]
+
+    @field_validator("windows_hu")
+    @classmethod
+    def _windows_differ(cls, value: tuple[HuWindow, ...] | None) -> tuple[HuWindow, ...] | None:
+        if value is not None and (not value or len({name for name, _, _ in value}) < len(value)):
+            raise ValueError("one or more windows of different names are needed")
+        for name, low, high in value or ():
+            if not low < high:
+                raise ValueError(f"the lower end of the window {name!r} must be below its upper end")
+        return value
+
+    @field_validator("modality")
+    @classmethod
+    def _known_modality(cls, value: str) -> str:
+        if not value:
+            return value
+        modality = find_modality(value)
+        if modality is None:
+            raise ValueError(unknown_modality(value))
+        return modality.name
+
+    @field_validator("template")
+    @classmethod
+    def _fields_known(cls, value: str) -> str:
+        if value:
+            check_template(value)
+        return value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> DataConfig:
+        faults = []
+        if self.windows_hu is not None and self.preprocess.window_hu is not None:
+            faults.append("windows_hu and preprocess.window_hu exclude each other: one is of several windows")
+        if self.windows_hu is not None and self.as_pictures is False:
+            faults.append("windows_hu makes pictures: as_pictures cannot be false")
+        if self.layout == "template" and not self.template:
+            faults.append("layout template needs a template such as {subject}/{sequence}.nii.gz")
+        if self.template and self.layout not in ("auto", "template"):
+            faults.append(f"template has no effect with layout {self.layout}")
+        wanted = {"images": "images", "auto": self.kind, "table": self.kind}.get(self.layout, "volumes")
+        if self.kind not in ("auto", wanted):
+            faults.append(f"kind {self.kind} contradicts layout {self.layout}")
+        if faults:
+            raise ValueError("; ".join(f"data.{text}" for text in faults))
+        return self
 
     @field_validator("split", mode="before")
     @classmethod
@@ -179,13 +255,17 @@ class SliceDataset:
     brought to square pixels: shapes are never stretched. With random axes, those whose planes would be badly distorted
     are left out case by case.
 
+    Attributes:
+        sequences: Names in channel order for a backbone of several sequences; None where the slices are plain pictures.
+        channels: Of each image: the sequences, or the windows that a picture is made of.
+
     Args:
         store: Prepared volumes.
         config: How slices are drawn.
         seed: Of the run.
 
     Raises:
-        ConfigError: Axial slices would be badly distorted.
+        ConfigError: Axial slices would be badly distorted, or pictures are asked for of several sequences.
     """
 
     def __init__(self, store: Store, config: DataConfig, seed: int) -> None:
@@ -196,6 +276,17 @@ class SliceDataset:
         self._usable_C3 = _usable_axes(store, self.axes)
         self._roi_allowed = exposed_rois(store, config.percentage_labels, seed)
         self.with_roi = config.append_label_mask is not False and len(self._roi_allowed) > 0
+        pictures = config.windows_hu is not None if config.as_pictures is None else config.as_pictures
+        if pictures and len(store.sequences) > 1:
+            raise _too_many_for_pictures(store.sequences)
+        self.sequences: tuple[str, ...] | None = None if pictures else store.sequences
+        self.channels = len(config.windows_hu or store.sequences)
+        _tell_if_not_hu(store, config)
+
+    @property
+    def n_sequences(self) -> int:
+        """Images of one sample that a backbone takes: its sequences, or the one picture."""
+        return 1 if self.sequences is None else len(self.sequences)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -227,14 +318,22 @@ class SliceDataset:
             found = plane.roi_HW if plane.roi_HW is not None else np.zeros(window[2:], bool)
             mask = resize_mask(torch.from_numpy(np.ascontiguousarray(found)), out)
         return Sample(
-            image_SHW=resize_image(torch.from_numpy(plane.scaled()), out),
-            available_S=torch.from_numpy(plane.available_S),
+            image_SHW=resize_image(torch.from_numpy(self._scaled(plane)), out),
+            available_S=torch.from_numpy(plane.available_S.repeat(self.channels // len(plane.available_S))),
             case_id=self.store.case_id(case),
             roi_HW=mask,
             axis=axis,
             index=index,
             window=window,
         )
+
+    def _scaled(self, plane: StoredSlice) -> np.ndarray:
+        """(S, H, W) float32 in [0, 1]: one channel for each sequence, or for each window of the only one."""
+        windows = self.config.windows_hu
+        if windows is None:
+            return plane.scaled()
+        low, high = (np.array([window[end] for window in windows]) for end in (1, 2))
+        return scale_to_unit(np.repeat(plane.image_SHW, len(windows), axis=0), low, high)
 
     def _choose_axis(self, case: int, draw: np.random.Generator) -> int:
         if len(self.axes) == 1:
@@ -267,9 +366,16 @@ class ImageDataset:
 
     Where a set mixes grey and colour, grey ones are repeated over three channels.
 
+    Attributes:
+        sequences: None: a backbone takes them as plain pictures.
+        channels: 1, or 3 where any picture has colours.
+
     Args:
         store: Prepared pictures.
     """
+
+    sequences: tuple[str, ...] | None = None
+    n_sequences = 1
 
     def __init__(self, store: Store) -> None:
         if store.kind != "images":
@@ -712,6 +818,30 @@ def _usable_axes(store: Store, axes: tuple[int, ...]) -> np.ndarray:
             _resampled(spacings[bad]),
         )
     return usable_C3
+
+
+def _too_many_for_pictures(sequences: tuple[str, ...]) -> ConfigError:
+    return ConfigError(
+        "A picture is made of volumes of one sequence.",
+        where=f"data.as_pictures or data.windows_hu with {len(sequences)} sequences: {', '.join(sequences)}",
+        fix="name one sequence in data.mri_sequences, or set data.as_pictures=false and drop data.windows_hu",
+        code="pictures_of_sequences",
+    )
+
+
+def _tell_if_not_hu(store: Store, config: DataConfig) -> None:
+    """One warning where a window reaches below 0 and every volume has 8 bits: such values are no HU."""
+    lows = [low for _, low, _ in config.windows_hu or ()]
+    named = config.preprocess.window_sequences
+    if config.preprocess.window_hu is not None and (named is None or set(named) & set(store.sequences)):
+        lows.append(config.preprocess.window_hu[0])
+    if min(lows, default=0.0) < 0 and store.is_eight_bit():
+        log.warning(
+            "ct_not_hu: these %d volumes hold values from 0 to 255 alone, but a window begins at %g HU. They look like "
+            "pictures of CT: leave the window out, or convert them again from DICOM.",
+            len(store),
+            min(lows),
+        )
 
 
 def _worst(store: Store, spacings: np.ndarray, ratio_C3: np.ndarray, usable_C3: np.ndarray, axis: int) -> str:

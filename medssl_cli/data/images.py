@@ -1,4 +1,7 @@
-"""NIfTI, PNG, JPEG and TIFF in and out. ``read_volume`` and ``read_image`` refuse what is not what it says it is."""
+"""NIfTI, PNG, JPEG and TIFF in and out, NumPy arrays in.
+
+``read_volume`` and ``read_image`` refuse what is not what it says it is.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from isal import igzip, igzip_lib
-from PIL import Image
+from PIL import Image, ImageFile
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import atomic_path
 from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing
 from medssl_cli.core.wording import counted
+from medssl_cli.data.npy import is_npy, open_npy, read_npy_picture, read_npy_volume
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
+"""A ``.npy`` file may hold a volume as well: ``npy_kind`` tells."""
 
 MAX_VOXELS = 2**33
 """Largest volume that is read, 8.6 billion voxels: a header beyond it is damage or an attack."""
@@ -75,19 +80,21 @@ def is_image(path: Path) -> bool:
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Read and check the header of a NIfTI file; only its first bytes are decompressed.
+    """Read and check the header of a NIfTI or NumPy file; only its first bytes are decompressed.
 
     Raises:
         DataError: Missing, empty, wrong magic, truncated, impossible dimensions, singular affine. ``code`` names which.
     """
+    if is_npy(path):
+        return _npy_header(path)
     return _parse_header(path, _read_start(path))
 
 
 def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
-    """Read a NIfTI file.
+    """Read a NIfTI file, or a NumPy array (Z, Y, X) as a volume with voxels of 1 mm.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: ``.nii``, ``.nii.gz`` or ``.npy``.
         volume_index: Which volume of a 4-D file; None reads all and gives (T, Z, Y, X).
 
     Returns:
@@ -98,6 +105,8 @@ def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
         DataError: As ``read_header``; also fewer or more bytes than the header promises.
     """
     header = read_header(path)
+    if is_npy(path):
+        return Volume(read_npy_volume(path), header.affine)
     expected = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
     data = _read_all(path, limit=expected + 2**20)
     try:
@@ -176,34 +185,95 @@ def check_finite(path: Path, array: np.ndarray) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a picture as (C, H, W), C 1 or 3, uint8, uint16 or float32, as stored.
+    """Read a picture as (C, H, W), C 1 or 3, in the stored depth: uint8, uint16 or float32, of ``.npy`` any plain type.
 
-    Palettes become RGB, alpha is dropped, 1-bit becomes 0/255.
+    Palettes and CMYK become RGB, alpha is dropped, 1-bit becomes 0/255. An EXIF orientation is not applied.
 
     Raises:
-        DataError: Missing, empty, truncated or not a picture.
+        DataError: Missing, empty, truncated, not a picture, or several pages in one file.
     """
+    if is_npy(path):
+        return read_npy_picture(path)
     try:
         with Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             image.load()
-            if image.mode in ("P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
-                image = image.convert("RGB")
-            elif image.mode in ("1", "LA", "La"):
-                image = image.convert("L")
-            array = np.asarray(image)
+            array = _read_deep(path, image.mode) if _is_squeezed(image) else np.asarray(_plain_mode(image))
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise _fault(path, "The file is missing.", "file_missing", "", "check the path") from error
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise _fault(path, "The picture cannot be read.", "image_unreadable", str(error), "export it again") from error
+    if pages > 1:
+        fix = "export the page that is meant; a stack of slices is a volume: convert it to NIfTI"
+        raise _fault(path, "The file holds several pages.", "image_pages", f"{pages} pages", fix)
     if array.dtype == np.int32:  # Pillow reads 16-bit grey of some writers as 32-bit
         array = array.astype(np.uint16) if array.min() >= 0 and array.max() < 65536 else array.astype(np.float32)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _plain_mode(image: Image.Image) -> Image.Image:
+    """Grey or RGB without alpha, in the depth that Pillow has read."""
+    if image.mode in ("1", "LA", "La"):
+        return image.convert("L")
+    if image.mode in ("L", "RGB", "I", "F") or image.mode.startswith("I;16"):
+        return image
+    return image.convert("RGB")
+
+
+def _is_squeezed(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow has cut a deeper picture to 8 bits, as it does with 16 bits in several channels."""
+    if image.format == "PNG":
+        with open(image.filename, "rb") as file:
+            header = file.read(26)
+        depth, colour_type = header[24], header[25]
+        return depth == 16 and colour_type != 0
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]  # BitsPerSample, one for each channel
+        deepest = max(bits) if isinstance(bits, tuple) else bits
+        return deepest > 8 and not (image.mode in ("I", "F") or image.mode.startswith("I;16"))
+    return False
+
+
+def _read_deep(path: Path, mode: str) -> np.ndarray:
+    """(H, W, 3) uint16 as stored, alpha dropped, read by ITK; ``mode`` is what Pillow makes of the channels."""
+    import SimpleITK as sitk
+
+    try:
+        array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError:
+        array = np.empty(0)
+    if mode not in ("RGB", "RGBA", "RGBX") or array.ndim != 3 or array.dtype != np.uint16:
+        fix = "export it as RGB or grey of 16 bits, or with 8 bits if that is meant"
+        raise _fault(path, "The picture would lose its depth.", "image_depth", f"over 8 bits a channel, {mode}", fix)
+    return np.ascontiguousarray(array[..., :3])
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
+
+
+def _npy_header(path: Path) -> ImageHeader:
+    array = open_npy(path)
+    size = int(np.prod(array.shape, dtype=np.int64))
+    if array.ndim != 3 or not 0 < size <= MAX_VOXELS:
+        fix = "name volumes of three axes (Z, Y, X)"
+        raise _fault(path, "The array is no volume.", "npy_shape", f"shape {array.shape}", fix)
+    return ImageHeader(
+        path=path,
+        shape=array.shape[::-1],
+        dtype=array.dtype,
+        affine=np.eye(4),
+        sform=None,
+        qform=None,
+        slope=1.0,
+        inter=0.0,
+        big_endian=array.dtype.byteorder == ">",
+    )
 
 
 def _read_start(path: Path) -> bytes:

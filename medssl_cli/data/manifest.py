@@ -33,6 +33,7 @@ PATIENT_ALIASES = ("patient_id", "patient", "patientid", "subject_id", "subject"
 STUDY_ALIASES = ("study_uid", "study_id", "studyinstanceuid", "study")
 PATH_ALIASES = ("path", "nifti_path", "file", "image", "filename", "file_name", "image_path", "file_path")
 SERIES_ALIASES = ("series_uid", "series_id", "seriesinstanceuid", "series")
+SPLIT_ALIASES = ("split",)
 _IMAGE_ID_ALIASES = ("image", "path", "file")
 
 PRETRAIN_SEQUENCES = ("ax_t2wi", "ax_adc", "ax_dwi")
@@ -391,7 +392,7 @@ def selected_ids(root: Path, split_csv: Path | None) -> list[str]:
         return known
     found = read_ids(split_csv)
     for name in found.ids:
-        _contained_id(root, name)
+        contained_id(root, name)
     if found.column and _is_dir(root / found.column):
         raise DataError(
             "The split file has no header: its first line is the name of a case.",
@@ -414,7 +415,7 @@ def selected_ids(root: Path, split_csv: Path | None) -> list[str]:
     return list(found.ids)
 
 
-def _contained_id(root: Path, name: str) -> Path:
+def contained_id(root: Path, name: str) -> Path:
     """The folder of a case id; an id that climbs or means the root itself is refused."""
     if not {".", ".."}.isdisjoint(name.replace("\\", "/").split("/")):
         raise DataError(
@@ -497,7 +498,7 @@ def read_case(
     Raises:
         DataError: The folder is missing, a path leaves the root, or a choice of files is ambiguous.
     """
-    folder = _contained_id(root, case_id)
+    folder = contained_id(root, case_id)
     if not _is_dir(folder):
         raise DataError(
             "The folder of a case is missing.",
@@ -553,7 +554,7 @@ def read_image_cases(
     split: str = "",
     labels: Mapping[str, str] | None = None,
 ) -> list[Case]:
-    """Every PNG, JPEG, TIFF or BMP below ``root`` as a case of its own, sorted by relative path.
+    """Every PNG, JPEG, TIFF, BMP or NumPy file below ``root`` as a case of its own, sorted by relative path.
 
     The id is the path relative to ``root``. In the layout ``train/class_a/x.png`` the folders give split and label.
     A column ``group`` of ``split_csv`` or ``group_pattern`` gives the patient; else each image is its own.
@@ -565,7 +566,7 @@ def read_image_cases(
         raise _no_source(root, "it does not exist", "check the path")
     known = sorted(_walk_images(root))
     if not known:
-        raise _no_source(root, "no PNG, JPEG, TIFF or BMP below it", "check the path")
+        raise _no_source(root, "no PNG, JPEG, TIFF, BMP or NumPy file below it", "check the path")
     groups: dict[str, str] = {}
     if split_csv is not None:
         known, groups = _selected_images(root, split_csv, known)
@@ -709,16 +710,26 @@ def _leading_group(name: str, known: set[str]) -> str:
 # --- series tables ---------------------------------------------------------------------------------------------------
 
 
-def read_table_cases(path: Path, *, root: Path | None = None, target: str | None = None) -> list[Case]:
+def read_table_cases(
+    path: Path,
+    *,
+    root: Path | None = None,
+    target: str | None = None,
+    sequence: str = IMAGE,
+    split_csv: Path | None = None,
+) -> list[Case]:
     """The rows of a series table as cases, in the order of the file.
 
     Args:
-        path: CSV with a path column and, where known, patient, study, series and label columns.
+        path: CSV with a path column and, where known, patient, study, series and label columns. A column ``split`` that
+            holds train, val or test in every row tells the split.
         root: Folder that paths are relative to; the table's own folder if None. Paths must stay below it.
         target: Column of the label.
+        sequence: Name of the one sequence of each case.
+        split_csv: Rows of this table as ``split`` writes them, or ids; all rows if None.
 
     Raises:
-        DataError: No path column, an empty or escaping path, two rows of one id.
+        DataError: No path column, an empty or escaping path, two rows of one id, an id of ``split_csv`` without a row.
     """
     table = read_table(path)
     base = path.parent if root is None else root
@@ -734,34 +745,82 @@ def read_table_cases(path: Path, *, root: Path | None = None, target: str | None
     ids = row_ids(table)
     patients, studies = (_optional(table, aliases) for aliases in (PATIENT_ALIASES, STUDY_ALIASES))
     labels = [""] * len(paths) if target is None else table.column(target)
+    splits = _split_column(table)
     cases = []
-    for line, text, name, patient, study, label in zip(table.lines, paths, ids, patients, studies, labels, strict=True):
+    for row, (line, text, name) in enumerate(zip(table.lines, paths, ids, strict=True)):
         if not text:
             raise _table_fault(path, "A row has no path.", f"line {line}", "path_empty")
         file = contained(base, _relative(base, text), "path of a table")
-        owner = patient or study or name
-        image = core.Sequence(IMAGE, file)
-        cases.append(Case(name, owner, {IMAGE: image}, study_uid=study, label=label))
-    return cases
+        owner = patients[row] or studies[row] or name
+        files = {sequence: core.Sequence(sequence, file)}
+        cases.append(Case(name, owner, files, study_uid=studies[row], label=labels[row], split=splits[row]))
+    return cases if split_csv is None else _selected_rows(table, cases, split_csv)
+
+
+def _split_column(table: Table) -> list[str]:
+    """train, val or test of each row; empty texts where no column tells it for all rows."""
+    splits = [_SPLIT_FOLDERS.get(cell.lower(), "") for cell in _optional(table, SPLIT_ALIASES)]
+    return splits if all(splits) else [""] * len(splits)
+
+
+def _selected_rows(table: Table, cases: list[Case], split_csv: Path) -> list[Case]:
+    """The cases whose rows a split holds: by the columns that tell rows apart, else by id, patient or study."""
+    wanted, of_case = _ids_of_split(table, cases, split_csv)
+    known = {key for keys in of_case for key in keys}
+    unknown = sorted(wanted - known)
+    if unknown:
+        near = ", ".join(f"{name!r}{nearest_id(name, sorted(known))}" for name in unknown[:_SHOWN])
+        raise DataError(
+            f"{len(unknown)} of {len(wanted)} ids have no row.",
+            where=f"{split_csv}: {near}",
+            fix=f"take rows, patients or studies of {table.path}",
+            code="id_unknown",
+        )
+    return [case for case, keys in zip(cases, of_case, strict=True) if wanted & keys]
+
+
+def _ids_of_split(table: Table, cases: list[Case], split_csv: Path) -> tuple[set[str], list[set[str]]]:
+    """(what the split names, what each case answers to)."""
+    columns = row_columns(table)
+    if split_csv.suffix.lower() != ".txt":
+        chosen = read_table(split_csv)
+        if columns and all(name in chosen.header for name in columns) and chosen.rows:
+            return set(joined_cells(chosen, columns)), [{case.case_id} for case in cases]
+    return set(read_ids(split_csv).ids), [{case.case_id, case.patient_id, case.study_uid} - {""} for case in cases]
 
 
 def row_ids(table: Table) -> list[str]:
     """An id for each row: study and series where both are known, else the finest column without repeats."""
+    columns = row_columns(table)
+    return joined_cells(table, columns) if columns else [f"line {line}" for line in table.lines]
+
+
+def joined_cells(table: Table, columns: Sequence[str]) -> list[str]:
+    """The cells of some columns of each row, joined by ``__``."""
+    return ["__".join(cells) for cells in zip(*(table.column(name) for name in columns), strict=True)]
+
+
+def row_columns(table: Table) -> tuple[str, ...]:
+    """The columns that tell the rows apart, none if there are none.
+
+    Raises:
+        DataError: A series stands there twice.
+    """
     study, series = table.find(STUDY_ALIASES), table.find(SERIES_ALIASES)
     if study and series:
-        joined = [f"{a}__{b}" for a, b in zip(table.column(study), table.column(series), strict=True)]
+        joined = joined_cells(table, (study, series))
         repeated = [name for name, n in Counter(joined).items() if n > 1]
         if repeated:
             found = f"({study}, {series}): {say_some(repeated)}"
             raise _table_fault(table.path, "A series stands there twice.", found, "id_duplicate")
-        return joined
+        return study, series
     for aliases in (("case_id",), SERIES_ALIASES, STUDY_ALIASES, PATH_ALIASES, ID_ALIASES):
         column = table.find(aliases)
         if column:
             cells = table.column(column)
             if len(set(cells)) == len(cells) and all(cells):
-                return cells
-    return [f"line {line}" for line in table.lines]
+                return (column,)
+    return ()
 
 
 def _optional(table: Table, aliases: Sequence[str]) -> list[str]:
@@ -848,7 +907,17 @@ def check_no_overlap(splits: Mapping[str, Sequence[Case]]) -> None:
 
 # --- the dataset string of DINOv2 ------------------------------------------------------------------------------------
 
-_DATASET_NAMES = ("ProstateSSL",)
+_DATASET_LAYOUTS = {
+    "ImageNet": "images",
+    "ImageNet22k": "images",
+    "ProstateSSL": "",
+    "MedicalDataset": "",
+    "GliomaSSL": "mmdinov2",
+    "GliomaSupervised": "mmdinov2",
+}
+"""Names of data sets in DINOv2's strings, and the layout that a name tells."""
+_DATASET_NAMES = tuple(_DATASET_LAYOUTS)
+_PHOTOGRAPHS = ("ImageNet", "ImageNet22k")
 _DATASET_KEYS = (
     "split",
     "root",
@@ -864,6 +933,9 @@ _DATASET_KEYS = (
 
 def parse_dataset_string(text: str) -> dict[str, Any]:
     """``ProstateSSL:split=TRAIN:root="/a:b":random_axes=True`` as values of the ``data:`` section.
+
+    Names of gliomas tell the layout of mm-dinov2 as well. DINOv2's own names of photographs need neither split nor
+    root, which a user of such a file gives elsewhere; their ``extra`` folder of indices is not used.
 
     Quotes, single or double, hold a value together; a second ``=`` belongs to the value. Keys that are not given are
     not in the result.
@@ -881,13 +953,16 @@ def parse_dataset_string(text: str) -> dict[str, Any]:
         key = key.strip()
         if not equals:
             faults.append(f'{part[:60]!r} is not key=value; a value that holds a colon needs quotes: root="X:/data"')
+        elif key == "extra" and name in _PHOTOGRAPHS:
+            log.info("No effect: extra in the dataset string %s: no index of files is needed.", text[:200])
         elif key not in _DATASET_KEYS:
             faults.append(f"unknown key {key[:60]!r}{_did_you_mean(key, _DATASET_KEYS)}")
         elif key in values:
             faults.append(f"{key} is given twice")
         else:
             values[key] = _dataset_value(key, _unquoted(value), faults)
-    faults += [f"{key} is missing" for key in ("split", "root") if key not in values]
+    needed = () if name in _PHOTOGRAPHS else ("split", "root")
+    faults += [f"{key} is missing" for key in needed if key not in values]
     if faults:
         raise ConfigError(
             "The dataset string cannot be read.",
@@ -895,6 +970,8 @@ def parse_dataset_string(text: str) -> dict[str, Any]:
             fix="write ProstateSSL:split=TRAIN:root=DIR:split_csv=FILE, or use the data: section of the config",
             code="dataset_string",
         )
+    if _DATASET_LAYOUTS[name]:
+        values["layout"] = _DATASET_LAYOUTS[name]
     return values
 
 

@@ -45,6 +45,11 @@ class PreprocessConfig(Config):
     """Scaling of sequences with `adc` in their name: by slice, or by `adc_range`, which keeps the units comparable."""
     adc_range: tuple[float, float] = (0.0, 3000.0)
     """Values that become 0 and 1 with `adc_scale: fixed`, in the units of the files (10⁻⁶ mm²/s)."""
+    window_hu: tuple[float, float] | None = None
+    """CT: the values in HU that become 0 and 1 in every slice, e.g. [-1000, 1000], instead of percentiles. What lies
+    outside is clipped, among it air and padding of -1024, -2000 or -3024."""
+    window_sequences: tuple[str, ...] | None = None
+    """Sequences that `window_hu` counts for; all of them when not given."""
     resample_mm: tuple[float, float, float] | None = None
     """Voxel size (z, y, x) in mm of the prepared grid; None keeps that of the reference. Needed for random axes when
     the slices are thick."""
@@ -59,10 +64,10 @@ class PreprocessConfig(Config):
             raise ValueError("two rising percentiles between 0 and 100 are needed")
         return value
 
-    @field_validator("adc_range")
+    @field_validator("adc_range", "window_hu")
     @classmethod
-    def _range_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] < value[1]:
+    def _range_ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
             raise ValueError("the lower end must be below the upper end")
         return value
 
@@ -157,7 +162,7 @@ def prepare_case(case: Case, sequences: tuple[str, ...], config: PreprocessConfi
                 code="sequences_missing",
             )
         reference = config.reference if config.reference in present else present[0]
-        volumes = {name: _read_sequence(case.sequences[name]) for name in present}
+        volumes = _read_sequences([case.sequences[name] for name in present])
         source = Grid(volumes[reference].shape, volumes[reference].affine)
         grid = prepared_grid(source, config)
         moved = {name: _onto(volumes[name], grid, str(case.sequences[name].path)) for name in present}
@@ -189,11 +194,16 @@ def prepare_picture(case: Case, config: PreprocessConfig) -> Picture:
         image = read_image(path)
         check_finite(path, image)
         _refuse_constant(path, image)
-        image = _reduced(image, config.picture_side)
-        if image.dtype == np.uint8:
-            return Picture(image, 0.0, 255.0)
-        low, high = slice_limits(image.reshape(1, 1, -1), 0, config.percentiles)
-        return Picture(image, float(low[0]), float(high[0]))
+        return to_picture(image, config)
+
+
+def to_picture(image_CHW: np.ndarray, config: PreprocessConfig) -> Picture:
+    """The picture as it is stored, with its limits; see ``prepare_picture``."""
+    image = _reduced(image_CHW, config.picture_side)
+    if image.dtype == np.uint8:
+        return Picture(image, 0.0, 255.0)
+    low, high = slice_limits(image.reshape(1, 1, -1), 0, config.percentiles)
+    return Picture(image, float(low[0]), float(high[0]))
 
 
 def prepared_grid(source: Grid, config: PreprocessConfig) -> Grid:
@@ -215,11 +225,30 @@ def prepared_grid(source: Grid, config: PreprocessConfig) -> Grid:
 def sequence_limits(
     name: str, volume_ZYX: np.ndarray, axis: int, config: PreprocessConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(low_N, high_N): the values of every slice along ``axis`` that become 0 and 1, for the sequence ``name``."""
+    """(low_N, high_N): the values of every slice along ``axis`` that become 0 and 1, for the sequence ``name``.
+
+    With ``window_hu`` a slice without content, one value only or nothing above the window, has low = high.
+    """
+    count = volume_ZYX.shape[axis]
+    if _is_windowed(name, config) and config.window_hu is not None:
+        low, high = config.window_hu
+        smallest, largest = (reduce(volume_ZYX, _others(axis)) for reduce in (np.min, np.max))
+        empty = (smallest == largest) | (largest <= low)
+        return np.full(count, low), np.where(empty, low, high)
     if config.adc_scale == "fixed" and "adc" in name.lower():
-        count = volume_ZYX.shape[axis]
         return np.full(count, config.adc_range[0]), np.full(count, config.adc_range[1])
     return slice_limits(volume_ZYX, axis, config.percentiles)
+
+
+def _is_windowed(name: str, config: PreprocessConfig) -> bool:
+    """Whether ``window_hu`` counts for a sequence; ADC with a fixed scale must be named in ``window_sequences``."""
+    if config.window_hu is None or config.window_sequences is not None:
+        return config.window_hu is not None and name in (config.window_sequences or ())
+    return not (config.adc_scale == "fixed" and "adc" in name.lower())
+
+
+def _others(axis: int) -> tuple[int, ...]:
+    return tuple(n for n in range(3) if n != axis)
 
 
 def slice_limits(volume_ZYX: np.ndarray, axis: int, percentiles: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,10 +290,14 @@ def naming_case(case: Case) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_sequence(sequence: Sequence) -> Volume:
-    """A 3-D, finite volume that is not constant."""
-    path = sequence.path
-    volume = _as_3d(read_volume(path), sequence)
+def _read_sequences(sequences: list[Sequence]) -> dict[str, Volume]:
+    """Volumes by name; a 4-D file that holds several of the sequences is read once."""
+    files = {path: read_volume(path) for path in dict.fromkeys(sequence.path for sequence in sequences)}
+    return {sequence.name: _checked(_as_3d(files[sequence.path], sequence), sequence.path) for sequence in sequences}
+
+
+def _checked(volume: Volume, path: Path) -> Volume:
+    """The same 3-D volume, unless it is flat, constant or not finite."""
     if min(volume.shape) < 2:
         raise DataError(
             "The image is flat: a volume needs at least two voxels along each axis.",

@@ -80,6 +80,8 @@ Window = tuple[int, int, int, int]
 
 _KEY_BYTES = 32
 _STALE_S = 3600
+_LATER_KEYS = ("window_hu", "window_sequences")
+"""Settings of the preprocessing that came after the first stores: unset, they are no part of a key."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,10 @@ class Store:
     def spacings(self) -> np.ndarray:
         """(cases, 3) voxel sizes (z, y, x) in mm."""
         return np.linalg.norm(self._table["affine"][:, :3, :3], axis=1)[:, ::-1]
+
+    def is_eight_bit(self) -> bool:
+        """Whether every case holds whole numbers from 0 to 255 alone: these are kept as bytes."""
+        return bool((self._table["dtype"] == DTYPES.index(np.dtype(np.uint8))).all())
 
     def roi_cases(self) -> np.ndarray:
         """Positions of the cases that have a region of interest."""
@@ -545,7 +551,8 @@ def _prepare_unit(unit: _Unit, job: Job, needed: int) -> list[Failure]:
 
 def _base(sequences: tuple[str, ...], preprocess: PreprocessConfig, kind: Kind) -> tuple[object, ...]:
     names = sequences if kind == "volumes" else ()
-    return FORMAT, kind, names, preprocess.model_dump(mode="json")
+    values = preprocess.model_dump(mode="json")
+    return FORMAT, kind, names, {k: v for k, v in values.items() if k not in _LATER_KEYS or v is not None}
 
 
 def _case_keys(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,16 +39,26 @@ from medssl_cli.data.checks import (
     check_channels,
     check_duplicates,
     check_labels,
+    check_named_case,
     check_splits,
+)
+from medssl_cli.data.layouts import (
+    FOREIGN,
+    LayoutChoice,
+    LayoutName,
+    check_template,
+    detect_layout,
+    layout_channels,
+    read_layout_cases,
+    select_cases,
 )
 from medssl_cli.data.manifest import (
     PRETRAIN_SEQUENCES,
     ROI_STEM,
     Ids,
-    Kind,
     Owner,
     case_ids,
-    detect_kind,
+    joined_cells,
     label_id_column,
     match_image_ids,
     nearest_id,
@@ -57,7 +68,11 @@ from medssl_cli.data.manifest import (
     read_owners,
     read_table,
     read_table_cases,
+    row_columns,
 )
+from medssl_cli.data.modalities import modality_folder
+from medssl_cli.data.preprocess import PreprocessConfig
+from medssl_cli.data.statistics import Moments, picture_moments, volume_moments
 from medssl_cli.report.overlay import (
     contour,
     draw,
@@ -90,12 +105,23 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker looks at: a folder of a tree, or a case that is known already."""
+    """What one worker looks at.
+
+    Args:
+        case: Its names, and its files unless it is a folder of a tree.
+        rules: What is asked of it.
+        root: Of the data set.
+        owners: Patient and study by case id, for a folder of a tree.
+        how: ``folder`` of a case tree, case whose files are ``named`` by another layout, or a file ``alone``.
+        stats: Whether the means of its images are wanted.
+    """
 
     case: Case
-    rules: CaseRules | None
+    rules: CaseRules
     root: Path
-    owners: Mapping[str, Owner]
+    owners: Mapping[str, Owner] = field(default_factory=dict)
+    how: Literal["folder", "named", "alone"] = "alone"
+    stats: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +134,7 @@ class Looked:
     channels: int | None
     thumbnail: bytes | None
     shown: str
+    moments: dict[str, Moments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,6 +172,10 @@ class CheckResult:
         if self.out is not None:
             files = [REPORT, PAGE, *([FAILURES] if r["errors"] else [])]
             lines.append(f"written to {self.out}: {', '.join(files)}")
+        if r["stats"] is not None:
+            means, deviations = (", ".join(f"{v:.8f}" for v in r["stats"][key]) for key in ("mean", "std"))
+            lines.append(f"# {', '.join(r['stats']['channels'])}: of {counted(r['stats']['n_cases'], 'case')}")
+            lines.append(f"crops: {{mean: [{means}], std: [{deviations}]}}")
         return "\n".join(lines)
 
     def raise_if_bad(self) -> None:
@@ -176,7 +207,7 @@ def check_data(
     source: Path,
     *,
     task: str | None = None,
-    sequences: tuple[str, ...] = PRETRAIN_SEQUENCES,
+    sequences: tuple[str, ...] | None = None,
     split_csv: Sequence[Path] = (),
     labels: Path | None = None,
     target: str | None = None,
@@ -189,13 +220,19 @@ def check_data(
     on_error: str = "stop",
     workers: int | None = None,
     progress: Progress | None = None,
+    layout: LayoutChoice = "auto",
+    template: str = "",
+    modality: str = "",
+    windows_hu: Sequence[tuple[float, float]] = (),
+    stats: bool = False,
 ) -> CheckResult:
     """Read every case of a tree or table and collect findings; nothing in ``source`` is changed.
 
     Args:
-        source: Case tree, image tree or series table.
+        source: Case tree, image tree, series table, or a data set in another layout.
         task: ``pretrain``, ``images`` or ``classify``; None takes ``images`` for an image tree, else ``pretrain``.
-        sequences: Sequences of each case, the first is the reference grid.
+        sequences: Sequences of each case, the first is the reference grid; None takes those that the layout names, else
+            T2w, ADC and diffusion of the prostate.
         split_csv: CSVs of ids, or folders that hold train.csv, val.csv, test.csv; each file is a split of that name.
         labels, target: CSV and column of the labels, for ``classify``.
         roi: Stem of the mask.
@@ -207,14 +244,21 @@ def check_data(
         on_error: ``stop`` ends with exit code 3 when there is an error, ``skip`` with 4.
         workers: Processes; None as many as the machine has CPUs, less one.
         progress: Called with (done, all).
+        layout, template: As ``data.layout`` and ``data.template`` of a training.
+        modality: Kind of pictures; a folder of that name below ``source`` is taken.
+        windows_hu: (low, high) of each window in HU that training will take.
+        stats: Mean and standard deviation of all images, scaled as for training.
 
     Raises:
         ConfigError: A task that is not built, options that do not fit it, or an output folder that cannot be used.
         DataError: Nothing to check, unreadable tables, unknown ids.
     """
     started = time.time()
-    kind = detect_kind(source)
-    task = _checked_task(task, kind, labels)
+    source = modality_folder(source, modality) if modality else source
+    kind = _layout(source, layout, template)
+    task = _checked_task(task, "cases" if kind in FOREIGN else kind, labels)
+    if sequences is None:
+        sequences = layout_channels(source, kind) or PRETRAIN_SEQUENCES
     if not sequences:
         raise ConfigError(
             "No sequence is named.", where="--sequences", fix="e.g. ax_t2wi,ax_adc,ax_dwi", code="sequences"
@@ -227,14 +271,22 @@ def check_data(
             fix="run once for each split",
             code="fix_csv_many",
         )
-    rules = CaseRules(sequences, roi, min_roi_pixels, missing_allowed)
-    jobs, findings = _plan(source, kind, rules, splits)
+    _check_windows(windows_hu, kind, sequences)
+    rules = CaseRules(sequences, roi, min_roi_pixels, missing_allowed, tuple(windows_hu))
+    if kind == "table":
+        splits = _row_splits(source, splits)
+    jobs, findings = _plan(source, kind, rules, splits, template)
+    jobs = [replace(job, stats=stats) for job in jobs]
     findings += _label_findings(source, kind, task, labels, target, jobs)
     page = _Gallery() if out is not None else None
     with _folder_for_results(out, overwrite, _inputs(source, splits, labels, jobs)) as claim:
-        kept = _look_at_all(jobs, workers, page, progress, findings)
+        sums = _Sums()
+        kept = _look_at_all(jobs, workers, page, progress, findings, sums)
         shown = [replace(f, path=hide_home(f.path), message=hide_home(f.message)) for f in kept]
-        report = _report(started, source, task, sequences if kind == "cases" else (), splits, jobs, shown)
+        asked = sequences if kind == "cases" or kind in FOREIGN else ()
+        report = _report(started, source, task, asked, splits, jobs, shown)
+        report["layout"] = kind
+        report["stats"] = sums.report(sequences, windows_hu) if stats else None
         result = CheckResult(report, shown, out, on_error)
         claim()
         if fix_csv is not None:
@@ -272,6 +324,7 @@ def _look_at_all(
     page: _Gallery | None,
     progress: Progress | None,
     findings: Sequence[Finding],
+    sums: _Sums,
 ) -> list[Finding]:
     """Findings of each case, then ``findings`` and those that only all cases together show."""
     cases, kept, channels = [], [], {}
@@ -281,6 +334,7 @@ def _look_at_all(
             cases.append((looked.case, looked.digests))
             if looked.channels is not None:
                 channels[looked.case.case_id] = looked.channels
+            sums.add(looked)
             if page is not None:
                 page.add(looked)
             if progress is not None:
@@ -291,7 +345,39 @@ def _look_at_all(
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def _checked_task(task: str | None, kind: Kind, labels: Path | None) -> str:
+def _layout(source: Path, layout: LayoutChoice, template: str) -> LayoutName:
+    if template:
+        try:
+            check_template(template)
+        except ValueError as error:
+            fix = "e.g. --template '{subject}/{sequence}.nii.gz'"
+            raise ConfigError(
+                "The template cannot be used.", where=f"--template {template!r}: {error}", fix=fix, code="template"
+            ) from error
+    if layout == "template" and not template:
+        raise ConfigError("The layout template needs one.", where="--layout", fix="pass --template", code="template")
+    return detect_layout(source, template) if layout == "auto" or template else layout
+
+
+def _check_windows(windows_hu: Sequence[tuple[float, float]], kind: LayoutName, sequences: Sequence[str]) -> None:
+    wrong = [f"{low:g},{high:g}" for low, high in windows_hu if not -math.inf < low < high < math.inf]
+    if wrong:
+        raise ConfigError(
+            "The lower end of a window must be below its upper end.",
+            where=f"--window-hu {wrong[0]}",
+            fix="e.g. --window-hu=-1000,1000",
+            code="window_hu",
+        )
+    if len(windows_hu) > 1 and kind != "table" and len(sequences) > 1:
+        raise ConfigError(
+            "Several windows are channels of a picture of one sequence.",
+            where=f"--window-hu with {', '.join(sequences)}",
+            fix="name the CT alone with --sequences",
+            code="window_hu",
+        )
+
+
+def _checked_task(task: str | None, kind: LayoutName, labels: Path | None) -> str:
     if task is None:
         return "classify" if labels is not None else "images" if kind == "images" else "pretrain"
     if task in LATER_TASKS:
@@ -356,34 +442,65 @@ def _siblings(splits: Mapping[str, tuple[Path, Ids]]) -> dict[str, tuple[Path, I
     return found
 
 
+def _row_splits(source: Path, splits: Mapping[str, tuple[Path, Ids]]) -> dict[str, tuple[Path, Ids]]:
+    """For a table: the ids of the rows that each split names, be it by row, patient or study."""
+    found = {}
+    for name, (path, _) in splits.items():
+        ids = sorted(case.case_id for case in read_table_cases(source, split_csv=path))
+        found[name] = (path, Ids(tuple(ids), (), ""))
+    return found
+
+
 def _plan(
-    source: Path, kind: Kind, rules: CaseRules, splits: Mapping[str, tuple[Path, Ids]]
+    source: Path, kind: LayoutName, rules: CaseRules, splits: Mapping[str, tuple[Path, Ids]], template: str
 ) -> tuple[list[Job], list[Finding]]:
     """The cases to look at, and what can be found without looking."""
-    owners = read_owners(source) if kind == "cases" else {}
-    split_of = {case_id: name for name, (_, ids) in splits.items() for case_id in ids.ids}
-    every = {**splits, **_siblings(splits)}
     if kind == "cases":
-        ids = sorted(split_of) if splits else case_ids(source)
-        cases = [
-            Case(name, owners[name].patient_id if name in owners else name, split=split_of.get(name, ""))
-            for name in ids
-        ]
-        patients = {name: owner.patient_id or name for name, owner in owners.items()}
-        return [Job(case, rules, source, owners) for case in cases], check_splits(every, patients)
+        return _plan_folders(source, rules, splits)
+    every = {**splits, **_siblings(splits)}
     if kind == "images":
         cases = _image_cases(source, splits)
-        return [Job(case, None, source, {}) for case in cases], check_splits(
-            every, {c.case_id: c.patient_id for c in cases}
-        )
-    cases = read_table_cases(source)
-    if splits:
-        cases = [
-            replace(case, split=split_of.get(case.case_id) or split_of[case.patient_id])
-            for case in cases
-            if case.case_id in split_of or case.patient_id in split_of
-        ]
-    return [Job(case, None, source.parent, {}) for case in cases], check_splits(every, {})
+    elif kind == "table":
+        cases = read_table_cases(source)
+        every = {**splits, **_row_splits(source, _known_rows(source, _siblings(splits)))}
+    else:
+        cases = read_layout_cases(source, kind, rules.sequences, roi=rules.roi, template=template)
+        for path, _ in splits.values():
+            select_cases(cases, path)  # refuses unknown ids
+    patients = {case.case_id: case.patient_id for case in cases}
+    if splits and kind != "images":
+        split_of = {case_id: name for name, (_, ids) in splits.items() for case_id in ids.ids}
+        cases = [replace(case, split=split_of[case.case_id]) for case in cases if case.case_id in split_of]
+    root = source.parent if kind == "table" else source
+    how: Literal["named", "alone"] = "named" if kind in FOREIGN else "alone"
+    return [Job(case, rules, root, how=how) for case in cases], check_splits(every, patients)
+
+
+def _plan_folders(
+    source: Path, rules: CaseRules, splits: Mapping[str, tuple[Path, Ids]]
+) -> tuple[list[Job], list[Finding]]:
+    owners = read_owners(source)
+    split_of = {case_id: name for name, (_, ids) in splits.items() for case_id in ids.ids}
+    ids = sorted(split_of) if splits else case_ids(source)
+    cases = [
+        Case(name, owners[name].patient_id if name in owners else name, split=split_of.get(name, "")) for name in ids
+    ]
+    patients = {name: owner.patient_id or name for name, owner in owners.items()}
+    jobs = [Job(case, rules, source, owners, "folder") for case in cases]
+    return jobs, check_splits({**splits, **_siblings(splits)}, patients)
+
+
+def _known_rows(source: Path, siblings: Mapping[str, tuple[Path, Ids]]) -> dict[str, tuple[Path, Ids]]:
+    """The sibling lists that name rows of this table; another list beside a split is none of it."""
+    known = {}
+    for name, (path, ids) in siblings.items():
+        try:
+            read_table_cases(source, split_csv=path)
+        except DataError as error:
+            log.debug("%s names no rows of %s: %s", path, source, error.what)
+            continue
+        known[name] = (path, ids)
+    return known
 
 
 def _image_cases(source: Path, splits: Mapping[str, tuple[Path, Ids]]) -> list[Case]:
@@ -393,7 +510,7 @@ def _image_cases(source: Path, splits: Mapping[str, tuple[Path, Ids]]) -> list[C
 
 
 def _label_findings(
-    source: Path, kind: Kind, task: str, labels: Path | None, target: str | None, jobs: Sequence[Job]
+    source: Path, kind: LayoutName, task: str, labels: Path | None, target: str | None, jobs: Sequence[Job]
 ) -> list[Finding]:
     if task != "classify":
         return []
@@ -427,10 +544,12 @@ def _only_target(path: Path, header: Sequence[str], id_column: str) -> str:
 
 def look(job: Job) -> Looked:
     """Check one case and draw its thumbnail; runs in a worker."""
-    if job.rules is None:
-        checked = check_case(job.case)
-    else:
+    if job.how == "folder":
         checked = check_case_folder(job.root, job.case.case_id, job.rules, owners=job.owners, split=job.case.split)
+    elif job.how == "named":
+        checked = check_named_case(job.case, job.rules, job.root)
+    else:
+        checked = check_case(job.case, job.rules)
     pictures = list(checked.pictures.values())
     return Looked(
         case=checked.case,
@@ -439,7 +558,21 @@ def look(job: Job) -> Looked:
         channels=pictures[0].shape[0] if pictures else None,
         thumbnail=_thumbnail(checked),
         shown=", ".join([*checked.volumes, *checked.pictures]),
+        moments=_moments(checked, job.rules) if job.stats else {},
     )
+
+
+def _moments(checked: CheckedCase, rules: CaseRules) -> dict[str, Moments]:
+    """Sums of the images of a case without error, by sequence, window or number of channels of a picture."""
+    if any(finding.severity == "error" for finding in checked.findings):
+        return {}
+    pictures = list(checked.pictures.values())
+    if pictures:
+        return {f"{len(image)} channels": picture_moments(image, PreprocessConfig()) for image in pictures[:1]}
+    several = rules.windows_hu if len(rules.windows_hu) > 1 else ()
+    window_hu = rules.windows_hu[0] if len(rules.windows_hu) == 1 else None
+    names = tuple(name for name in rules.sequences if name in checked.volumes) or tuple(checked.volumes)
+    return volume_moments(checked.case, names, PreprocessConfig(window_hu=window_hu), several)
 
 
 def _thumbnail(checked: CheckedCase) -> bytes | None:
@@ -469,6 +602,47 @@ def _picture_tile(image_CHW: np.ndarray) -> np.ndarray:
         return fitted(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), THUMBNAIL_SIDE)
     grey = image_CHW.mean(axis=0)
     return fitted(window(grey, float(grey.min()), float(grey.max())), THUMBNAIL_SIDE)
+
+
+class _Sums:
+    """Moments of all cases, added up as they come in."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Moments] = {}
+        self._cases = 0
+
+    def add(self, looked: Looked) -> None:
+        """Add those of one case."""
+        self._cases += bool(looked.moments)
+        for name, moments in looked.moments.items():
+            known = self._by_name.get(name)
+            self._by_name[name] = moments if known is None else known + moments
+
+    def report(self, sequences: Sequence[str], windows_hu: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+        """Names of the channels, mean and standard deviation of each; None when no image could be counted."""
+        sums = self._by_name
+        if "3 channels" in sums:  # as in training, grey pictures among coloured ones have three equal channels
+            grey = sums.get("1 channels")
+            colour = sums["3 channels"] + grey.repeated(3) if grey is not None else sums["3 channels"]
+            return self._entry(["red", "green", "blue"], [colour])
+        if "1 channels" in sums:
+            return self._entry(["grey"], [sums["1 channels"]])
+        if len(windows_hu) > 1:
+            names = [f"{low:g} to {high:g} HU" for low, high in windows_hu]
+            return self._entry(names, [sums[str(n)] for n in range(len(names)) if str(n) in sums])
+        known = [name for name in sequences if name in sums] or list(sums)
+        return self._entry(known, [sums[name] for name in known])
+
+    def _entry(self, channels: list[str], parts: Sequence[Moments]) -> dict[str, Any] | None:
+        if not parts or any(part.count == 0 for part in parts):
+            return None
+        return {
+            "channels": channels,
+            "mean": [float(value) for part in parts for value in part.mean_C],
+            "std": [float(value) for part in parts for value in part.std_C],
+            "pixels": [part.count for part in parts],
+            "n_cases": self._cases,
+        }
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -510,7 +684,12 @@ def _bad_cases(findings: Sequence[Finding]) -> set[str]:
 
 
 def _write_fixed(
-    path: Path, source: Path, kind: Kind, split_csv: Sequence[Path], jobs: Sequence[Job], findings: Sequence[Finding]
+    path: Path,
+    source: Path,
+    kind: LayoutName,
+    split_csv: Sequence[Path],
+    jobs: Sequence[Job],
+    findings: Sequence[Finding],
 ) -> None:
     """The rows without error: of the one split CSV or the table as they were, else a column ``patient_id``."""
     bad = _bad_cases(findings)
@@ -523,16 +702,22 @@ def _write_fixed(
         write_csv(path, ("patient_id",), ((name,) for name in good))
         return
     table = read_table(origin)
+    columns = row_columns(read_table(source)) if kind == "table" else ()
     if origin == source:
         names = [case.case_id for case in read_table_cases(source)]
+    elif columns and all(column in table.header for column in columns):
+        names = joined_cells(table, columns)
     else:
         names = table.column(read_ids(origin).column)
+        if kind == "table":  # a list of its patients or studies: one bad row costs them all
+            failed = [job.case for job in jobs if job.case.case_id in bad]
+            bad |= {name for case in failed for name in (case.patient_id, case.study_uid) if name}
     write_csv(
         path, table.header, (row for row, name in zip(table.rows, names, strict=True) if _is_good(name, bad, kind))
     )
 
 
-def _is_good(name: str, bad: set[str], kind: Kind) -> bool:
+def _is_good(name: str, bad: set[str], kind: LayoutName) -> bool:
     if kind != "images":
         return name not in bad
     return not any(case_id == name or case_id.endswith(f"/{name}") or name.endswith(f"/{case_id}") for case_id in bad)

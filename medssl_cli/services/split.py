@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from medssl_cli.core.run import (
     write_text,
 )
 from medssl_cli.core.wording import counted
+from medssl_cli.data.layouts import LayoutChoice, LayoutName, check_template, detect_layout, read_layout_cases
 from medssl_cli.data.manifest import (
     ID_ALIASES,
     Owner,
     Table,
     case_ids,
-    detect_kind,
     filled_column,
     groups_by_pattern,
     label_id_column,
@@ -124,8 +124,10 @@ def split(
     stratify: str | None = None,
     labels: Path | None = None,
     overwrite: bool = False,
+    layout: LayoutChoice = "auto",
+    template: str = "",
 ) -> SplitResult:
-    """Split a case tree, an image tree or a table, and write ids and a summary.
+    """Split a case tree, an image tree, a table or a data set in another layout, and write ids and a summary.
 
     Args:
         source: What to split.
@@ -138,6 +140,7 @@ def split(
         stratify: Column or columns, joined by commas, whose classes are spread evenly.
         labels: CSV with an id column for a tree.
         overwrite: Replace what lies in ``out``, another split among it.
+        layout, template: As ``data.layout`` and ``data.template`` of a training.
 
     Raises:
         ConfigError: Contradicting options, or an output folder that cannot be used or holds another split.
@@ -152,7 +155,8 @@ def split(
             fix="leave one of them out",
             code="group_twice",
         )
-    what = _read_source(source, group_by, group_pattern, stratify, labels)
+    kind = _layout(source, layout, template)
+    what = _read_source(source, kind, template, group_by, group_pattern, stratify, labels)
     parts = split_items(what.items, ratios, seed)
     pairs = _folds(what, parts, folds, seed)
     inputs = [source] if labels is None else [source, labels]
@@ -179,14 +183,65 @@ def split(
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def _layout(source: Path, layout: LayoutChoice, template: str) -> LayoutName:
+    try:
+        if template or layout == "template":
+            check_template(template)
+    except ValueError as error:
+        raise ConfigError(
+            "The template cannot be used.",
+            where=f"--template {template!r}: {error}",
+            fix="e.g. --template '{subject}/{sequence}.nii.gz'",
+            code="template",
+        ) from error
+    return detect_layout(source, template) if layout == "auto" or template else layout
+
+
 def _read_source(
-    source: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+    source: Path,
+    kind: LayoutName,
+    template: str,
+    group_by: str | None,
+    pattern: str | None,
+    stratify: str | None,
+    labels: Path | None,
 ) -> Source:
-    kind = detect_kind(source)
     if kind == "table":
         return _of_table(source, group_by, pattern, stratify, labels)
-    of_tree = _of_cases if kind == "cases" else _of_images
-    return of_tree(source, group_by, pattern, stratify, labels)
+    if kind == "images":
+        return _of_images(source, group_by, pattern, stratify, labels)
+    if kind == "cases":
+        return _of_cases(source, case_ids(source), group_by, pattern, stratify, labels)
+    return _of_layout(source, kind, template, group_by, pattern, stratify, labels)
+
+
+def _of_layout(
+    root: Path,
+    kind: LayoutName,
+    template: str,
+    group_by: str | None,
+    pattern: str | None,
+    stratify: str | None,
+    labels: Path | None,
+) -> Source:
+    """The cases of another layout; those that nnU-Net and the Decathlon keep for the test are left out."""
+    every = read_layout_cases(root, kind, (), template=template)
+    cases = [case for case in every if case.split != "test"] if kind in ("nnunet", "decathlon") else every
+    ids = [case.case_id for case in cases]
+    own = {case.case_id: case.label for case in cases}
+    if stratify == "label" and labels is None and any(own.values()):
+        what = _of_cases(root, ids, group_by, pattern, None, None)
+        items = tuple(replace(item, strata=(f"label={own[item.item_id]}",)) for item in what.items)
+        what = replace(what, items=items)
+    else:
+        what = _of_cases(root, ids, group_by, pattern, stratify, labels)
+    before = sorted({case.split for case in cases} - {""})
+    notes = list(what.notes)
+    if len(before) > 1:
+        notes.append(f"the splits {', '.join(before)} of the layout were not taken")
+    if len(cases) < len(every):
+        notes.append(f"{counted(len(every) - len(cases), 'case')} of the layout's own test set are left out")
+    return replace(what, notes=tuple(notes))
 
 
 def _of_table(
@@ -213,9 +268,13 @@ def _of_table(
 
 
 def _of_cases(
-    root: Path, group_by: str | None, pattern: str | None, stratify: str | None, labels: Path | None
+    root: Path,
+    ids: list[str],
+    group_by: str | None,
+    pattern: str | None,
+    stratify: str | None,
+    labels: Path | None,
 ) -> Source:
-    ids = case_ids(root)
     owners = {**({} if labels is None else table_owners(read_table(labels))), **read_owners(root)}
     table = _labels_table(root, labels, "cases")
     same = dict(zip(ids, ids, strict=True))

@@ -354,3 +354,140 @@ def test_help_and_choices(tmp_path: Path) -> None:
         code, _, err = medssl(tree(tmp_path / words[1], "a"), *words)
         assert code == 2
         assert words[0] in err
+
+
+# --- tables, layouts, windows, statistics ----------------------------------------------------------------------------
+
+
+def series_table(folder: Path, patients: str = "ppqr") -> Path:
+    """One CT a row; a patient may have several."""
+    rows = ["patient_id,series_uid,nifti_path"]
+    for i, patient in enumerate(patients):
+        array = np.random.default_rng(i).integers(-900, 900, (4, 16, 16)).astype(np.int16)
+        write_volume(folder / f"nii/{i}.nii.gz", Volume(array, AFFINE))
+        rows.append(f"{patient},s{i},nii/{i}.nii.gz")
+    (folder / "series.csv").write_text("\n".join(rows) + "\n")
+    return folder / "series.csv"
+
+
+def test_r12_a_split_table_is_held_apart_by_patient(tmp_path: Path) -> None:
+    table = series_table(tmp_path)
+    header, *rows = table.read_text().splitlines()
+    (tmp_path / "s").mkdir()
+    for name, part in (("train", rows[:2]), ("val", rows[2:3]), ("test", rows[3:])):
+        (tmp_path / f"s/{name}.csv").write_text("\n".join([header, *part]) + "\n")
+    assert medssl(table, "--split-csv", tmp_path / "s", "--out", tmp_path / "o")[0] == 0
+    assert report(tmp_path / "o")["splits"] == {"train": 2, "val": 1, "test": 1}
+    (tmp_path / "s/val.csv").write_text("\n".join([header, rows[1]]) + "\n")
+    (tmp_path / "s/train.csv").write_text("\n".join([header, rows[0]]) + "\n")
+    assert medssl(table, "--split-csv", tmp_path / "s/train.csv", "--out", tmp_path / "o")[0] == 3
+    errors = report(tmp_path / "o")["errors"]
+    assert {entry["code"] for entry in errors} == {"patient_across_splits"}
+    assert "The patient p stands in train and val" in errors[0]["message"]
+
+
+def test_the_bad_row_of_a_split_table_alone_is_left_out(tmp_path: Path) -> None:
+    table = series_table(tmp_path)
+    (tmp_path / "nii/1.nii.gz").write_bytes(b"")
+    fixed = tmp_path / "fixed.csv"
+    part = tmp_path / "part.csv"
+    part.write_text("\n".join(table.read_text().splitlines()[:4]) + "\n")
+    assert medssl(table, "--split-csv", part, "--fix-csv", fixed)[0] == 3
+    assert [line.split(",")[1] for line in fixed.read_text().splitlines()] == ["series_uid", "s0", "s2"]
+    patients = tmp_path / "patients.csv"
+    patients.write_text("patient_id\np\nq\n")
+    assert medssl(table, "--split-csv", patients, "--fix-csv", fixed)[0] == 3
+    assert fixed.read_text().split() == ["patient_id", "q"]
+
+
+def test_other_layouts_are_checked_as_they_stand(tmp_path: Path) -> None:
+    root = tmp_path / "Dataset001_P"
+    (root / "imagesTr").mkdir(parents=True)
+    (root / "dataset.json").write_text('{"channel_names": {"0": "T2", "1": "ADC"}, "file_ending": ".nii.gz"}')
+    for i, shape in enumerate(((4, 16, 16), (4, 16, 16), (4, 8, 8))):
+        for channel in range(2):
+            array = np.random.default_rng([i, channel]).integers(0, 900, shape if channel else (4, 16, 16))
+            write_volume(root / f"imagesTr/c{i}_{channel:04d}.nii.gz", Volume(array.astype(np.int16), AFFINE))
+    code, out, err = medssl(root, "--out", tmp_path / "o")
+    assert code == 3, err
+    found = report(tmp_path / "o")
+    assert (found["layout"], found["sequences"], found["n_cases"], found["n_ok"]) == ("nnunet", ["t2", "adc"], 3, 2)
+    assert [(entry["code"], entry["case_id"]) for entry in found["errors"]] == [("grid_shape", "c2")]
+    assert "2 of 3 cases without error (pretrain)" in out
+    ids = tmp_path / "ids.csv"
+    ids.write_text("patient_id\nc0\nc1\n")
+    assert medssl(root, "--split-csv", ids)[0] == 0
+    code, _, err = medssl(root, "--layout", "template")
+    assert code == 2
+    assert "--template" in err
+    code, _, err = medssl(root, "--template", "{case}/{sequence}.nii")
+    assert code == 2
+    assert "{subject}" in err
+    words = ("--template", "imagesTr/{subject}_{sequence}.nii.gz", "--sequences", "0000", "--roi", "")
+    assert medssl(root, *words, "--out", tmp_path / "o")[0] == 0
+    assert (report(tmp_path / "o")["layout"], report(tmp_path / "o")["n_cases"]) == ("template", 3)
+
+
+def test_a_window_that_expects_hu_warns(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (4, 16, 16)).astype(np.uint8)
+    write_volume(tmp_path / "t/P/ct.nii.gz", Volume(array, AFFINE))
+    words = (tmp_path / "t", "--sequences", "ct", "--out", tmp_path / "o")
+    for window, told in (("-1000,1000", True), ("0,80", False)):
+        assert medssl(*words, f"--window-hu={window}")[0] == 0
+        assert ("ct_not_hu" in [entry["code"] for entry in report(tmp_path / "o")["warnings"]]) is told
+    for bad in ("x", "1", "80,0", "nan,1", "1,2,3"):
+        assert medssl(*words, f"--window-hu={bad}")[0] == 2
+
+
+def test_stats_of_pictures_equal_numpy_and_are_yaml(tmp_path: Path) -> None:
+    import yaml
+
+    rng = np.random.default_rng(0)
+    colour, grey = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), rng.integers(0, 256, (33, 40), dtype=np.uint8)
+    root = tmp_path / "set/Fundus"
+    root.mkdir(parents=True)
+    write_image(root / "a.png", colour)
+    write_image(root / "b.png", grey)
+    (root / "z.png").write_bytes(b"no picture")
+    code, out, _ = medssl(tmp_path / "set", "--modality", "fundus", "--stats", "--out", tmp_path / "o")
+    assert code == 3  # the bad picture, which the figures leave out
+    pixels = np.concatenate([colour.reshape(-1, 3), np.repeat(grey.reshape(-1, 1), 3, axis=1)]) / 255
+    stats = report(tmp_path / "o")["stats"]
+    assert (stats["channels"], stats["n_cases"], stats["pixels"]) == (["red", "green", "blue"], 2, [3320])
+    np.testing.assert_allclose(stats["mean"], pixels.mean(axis=0), atol=1e-7)
+    np.testing.assert_allclose(stats["std"], pixels.std(axis=0), atol=1e-7)
+    snippet = yaml.safe_load("\n".join(line for line in out.splitlines() if line.startswith("crops:")))
+    np.testing.assert_allclose(snippet["crops"]["mean"], stats["mean"], atol=1e-8)
+    assert medssl(tmp_path / "set", "--out", tmp_path / "o")[0] == 3
+    assert report(tmp_path / "o")["stats"] is None
+
+
+def test_stats_of_volumes_by_sequence_and_by_window(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", "a", "b")
+    assert medssl(root, "--stats", "--out", tmp_path / "o")[0] == 0
+    stats = report(tmp_path / "o")["stats"]
+    assert stats["channels"] == ["ax_t2wi", "ax_adc", "ax_dwi"]
+    assert all(0.4 < value < 0.6 for value in stats["mean"])  # noise between its percentiles
+    table = series_table(tmp_path)
+    words = ("--stats", "--window-hu=-1000,1000", "--window-hu=0,80", "--out", tmp_path / "o")
+    assert medssl(table, *words)[0] == 0
+    stats = report(tmp_path / "o")["stats"]
+    assert stats["channels"] == ["-1000 to 1000 HU", "0 to 80 HU"]
+    arrays = [np.random.default_rng(i).integers(-900, 900, (4, 16, 16)) for i in range(4)]
+    for mean, low, high in zip(stats["mean"], (-1000, 0), (1000, 80), strict=True):
+        assert mean == pytest.approx(np.mean([np.clip((a - low) / (high - low), 0, 1) for a in arrays]), abs=1e-6)
+    assert medssl(root, *words)[0] == 2  # several windows of several sequences
+
+
+def test_real_fundus_statistics_equal_numpy(tmp_path: Path, real_data: Path) -> None:
+    from medssl_cli.data.images import read_image
+
+    ids = [f"Patient{n:03d}_{eye}.jpg" for n in range(1, 200) for eye in "LR"]
+    paths = [path for name in ids if (path := real_data / "fundus_dr_grading/images" / name).exists()][:6]
+    (tmp_path / "ids.csv").write_text("image\n" + "".join(f"{path.name}\n" for path in paths))
+    words = ("--split-csv", tmp_path / "ids.csv", "--stats", "--out", tmp_path / "o")
+    assert medssl(real_data / "fundus_dr_grading/images", *words)[0] == 0
+    stats = report(tmp_path / "o")["stats"]
+    pixels = np.concatenate([read_image(path).reshape(3, -1) for path in paths], axis=1) / 255.0
+    np.testing.assert_allclose(stats["mean"], pixels.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(stats["std"], pixels.std(axis=1), rtol=1e-6)

@@ -272,3 +272,48 @@ def test_names_that_share_a_patient_are_told(tmp_path: Path, names: list[str], t
     assert pattern is not None
     code, out, err = medssl(tmp_path / "images", "--out", tmp_path / "t", "--group-pattern", pattern[1])
     assert "40 cases in 20 groups" in out, err
+
+
+def test_other_layouts_are_split_by_their_cases(tmp_path: Path) -> None:
+    root = tmp_path / "Dataset001_P"
+    for folder, numbers in (("imagesTr", range(10)), ("imagesTs", range(90, 93))):
+        (root / folder).mkdir(parents=True)
+        for i in numbers:
+            (root / folder / f"c{i:02d}_0000.nii.gz").write_bytes(b"")
+    (root / "dataset.json").write_text('{"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}')
+    code, out, err = medssl(root, "--out", tmp_path / "s")
+    assert code == 0, err
+    assert "3 cases of the layout's own test set are left out" in out
+    written = [row[0] for name in PARTS for row in rows(tmp_path / f"s/{name}.csv")[1:]]
+    assert sorted(written) == [f"c{i:02d}" for i in range(10)]
+    (root / "labels.csv").write_text("case_id,patient_id\n" + "".join(f"c{i:02d},p{i // 2}\n" for i in range(10)))
+    assert medssl(root, "--out", tmp_path / "t")[0] == 0
+    sides = [{int(row[0][1:]) // 2 for row in rows(tmp_path / f"t/{name}.csv")[1:]} for name in PARTS]
+    assert not any(a & b for a, b in itertools.combinations(sides, 2))
+
+
+def test_gliomas_are_stratified_by_their_grade(tmp_path: Path) -> None:
+    labels = ["Patient,WHO2021_Int"]
+    for i in range(20):
+        folder = tmp_path / f"g/train/{i:04d}/preop"
+        folder.mkdir(parents=True)
+        (folder / f"sub-{i:04d}_ses-preop_space-sri_t1.nii.gz").write_bytes(b"")
+        labels.append(f"{i:04d},{4 if i % 4 else 2}")
+    (tmp_path / "g/phenoData.csv").write_text("\n".join(labels) + "\n")
+    code, _, err = medssl(tmp_path / "g", "--out", tmp_path / "s", "--stratify", "label", "--ratios", 0.8, 0.2, 0)
+    assert code == 0, err
+    grades = [int(row[0]) % 4 == 0 for row in rows(tmp_path / "s/val.csv")[1:]]
+    assert (len(grades), sum(grades)) == (4, 1)
+
+
+def test_a_template_is_split_by_its_cases(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"d/site{i % 2}/P{i}").mkdir(parents=True)
+        (tmp_path / f"d/site{i % 2}/P{i}/t2.nii.gz").write_bytes(b"")
+    words = ("--template", "{dataset}/{subject}/{sequence}.nii.gz", "--out", tmp_path / "s")
+    assert medssl(tmp_path / "d", *words)[0] == 0
+    written = [row[0] for name in PARTS for row in rows(tmp_path / f"s/{name}.csv")[1:]]
+    assert sorted(written) == sorted(f"site{i % 2}/P{i}" for i in range(10))
+    code, _, err = medssl(tmp_path / "d", "--layout", "template", "--out", tmp_path / "t")
+    assert code == 2
+    assert "{sequence}" in err

@@ -16,6 +16,7 @@ from medssl_cli.data.checks import (
     check_channels,
     check_duplicates,
     check_labels,
+    check_named_case,
     check_splits,
 )
 from medssl_cli.data.images import write_image, write_volume
@@ -381,3 +382,55 @@ def test_r12_copies_are_found_under_other_names_and_headers(tmp_path: Path) -> N
         assert Path(across[0].path).name == "ax_adc.nii.gz"
         within = [f for f in found if f.code == "duplicate_within_case"]
         assert [f.case_id for f in within] == ["c", "c"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "window", "told"),
+    [
+        (0, 255, (-1000, 1000), True),
+        (-1000, 255, (-1000, 1000), False),
+        (0, 255, (0, 80), False),
+        (0, 900, (-9, 9), False),
+    ],
+)
+def test_ct_not_hu(tmp_path: Path, low: int, high: int, window: tuple[float, float], told: bool) -> None:
+    array = np.random.default_rng(0).integers(low, high + 1, (4, 20, 20)).astype(np.int16)
+    array[0, 0, :2] = low, high
+    write_volume(tmp_path / "P/ct.nii.gz", Volume(array, np.eye(4)))
+    rules = CaseRules(("ct",), roi="", windows_hu=(window,))
+    case = Case("P", "P", {"ct": Sequence("ct", tmp_path / "P/ct.nii.gz")})
+    for checked in (
+        check_case(case, rules),
+        check_named_case(case, rules, tmp_path),
+        check_case_folder(tmp_path, "P", rules),
+    ):
+        found = [finding for finding in checked.findings if finding.code == "ct_not_hu"]
+        assert [finding.severity for finding in found] == ["warning"] * told
+
+
+def test_a_case_of_a_layout_is_asked_the_same_as_a_folder(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, shape in (("t2", (4, 20, 20)), ("adc", (4, 10, 10))):
+        write_volume(tmp_path / f"P/{name}.nii.gz", Volume(rng.integers(0, 9, shape).astype(np.int16), np.eye(4)))
+    write_volume(tmp_path / "P/roi.nii.gz", Volume(np.zeros((4, 20, 20), np.uint8), np.eye(4)))
+    rules = CaseRules(("t2", "adc", "dwi"), roi="roi")
+    files = {name: Sequence(name, tmp_path / f"P/{name}.nii.gz") for name in ("t2", "adc")}
+    named = check_named_case(Case("P", "P", files, roi=tmp_path / "P/roi.nii.gz"), rules, tmp_path)
+    folder = check_case_folder(tmp_path, "P", rules)
+    assert [(f.severity, f.code) for f in named.findings] == [(f.severity, f.code) for f in folder.findings]
+    assert {f.code for f in named.findings} == {"sequence_missing", "grid_shape", "roi_empty"}
+
+
+def test_npy_pictures_and_volumes_are_checked(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "picture.npy", rng.integers(0, 255, (40, 40, 3)).astype(np.uint8))
+    np.save(tmp_path / "volume.npy", rng.integers(-900, 900, (8, 40, 40)))
+    np.save(tmp_path / "bad.npy", np.zeros((2, 3, 4, 5)))
+    codes = {}
+    for name in ("picture", "volume", "bad"):
+        case = Case(name, name, {"image": Sequence("image", tmp_path / f"{name}.npy")})
+        checked = check_case(case)
+        codes[name] = [finding.code for finding in checked.findings]
+        assert bool(checked.volumes) == (name == "volume")
+        assert bool(checked.pictures) == (name == "picture")
+    assert codes == {"picture": [], "volume": ["npy_geometry", "dtype"], "bad": ["npy_shape"]}

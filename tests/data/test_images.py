@@ -4,6 +4,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume
@@ -159,3 +160,98 @@ def test_real_volume_equals_nibabel(real_data: Path) -> None:
     ours = read_volume(path)
     np.testing.assert_array_equal(ours.array.T, np.asanyarray(theirs.dataobj))
     np.testing.assert_array_equal(ours.affine, theirs.affine)
+
+
+# --- pictures of every depth and kind --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep_rgb() -> np.ndarray:
+    """(H, W, 3) uint16, all 16 bits used."""
+    return np.random.default_rng(1).integers(0, 65536, (7, 9, 3), dtype=np.uint16)
+
+
+def write_with_itk(path: Path, array: np.ndarray, *, channels: bool) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=channels), str(path))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, deep_rgb: np.ndarray, suffix: str) -> None:
+    with_alpha = np.concatenate([deep_rgb, deep_rgb[..., :1]], axis=2)
+    for name, array in (("rgb", deep_rgb), ("rgba", with_alpha), ("grey", deep_rgb[..., 0])):
+        path = tmp_path / f"{name}.{suffix}"
+        write_with_itk(path, np.ascontiguousarray(array), channels=array.ndim == 3)
+        read = read_image(path)
+        assert read.dtype == np.uint16
+        expected = deep_rgb.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+        np.testing.assert_array_equal(read, expected)
+
+
+def test_a_picture_that_would_lose_its_depth_is_refused(tmp_path: Path, deep_rgb: np.ndarray) -> None:
+    path = tmp_path / "grey_alpha.png"
+    write_with_itk(path, np.ascontiguousarray(deep_rgb[..., :2]), channels=True)
+    with pytest.raises(DataError, match="lose its depth") as caught:
+        read_image(path)
+    assert caught.value.code == "image_depth"
+    write_with_itk(tmp_path / "float.tif", deep_rgb.astype(np.float32), channels=True)
+    with pytest.raises(DataError):
+        read_image(tmp_path / "float.tif")
+
+
+def test_float_and_big_endian_tiff(tmp_path: Path, deep_rgb: np.ndarray) -> None:
+    from PIL import Image
+
+    values = deep_rgb[..., 0].astype(np.float32) / 7 - 100
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    read = read_image(tmp_path / "float.tif")
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read[0], values)
+    big = Image.frombytes("I;16B", (9, 7), deep_rgb[..., 0].astype(">u2").tobytes())
+    big.save(tmp_path / "big.tif")
+    read = read_image(tmp_path / "big.tif")
+    assert read.dtype == np.dtype(np.uint16)
+    assert read.dtype.isnative
+    np.testing.assert_array_equal(read[0], deep_rgb[..., 0])
+
+
+def test_palette_alpha_cmyk_and_one_bit(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(2)
+    rgb = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    indices = rng.integers(0, 4, (6, 5), dtype=np.uint8)
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]], np.uint8)
+    palette = Image.fromarray(indices)
+    palette.putpalette(colours.tobytes())
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), colours[indices].transpose(2, 0, 1))
+    Image.fromarray(np.dstack([rgb, indices * 60])).save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), rgb.transpose(2, 0, 1))
+    Image.fromarray(np.dstack([rgb[..., 0], indices])).save(tmp_path / "grey_alpha.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey_alpha.png")[0], rgb[..., 0])
+    ink = np.dstack([rgb, np.zeros((6, 5), np.uint8)])
+    Image.fromarray(ink, mode="CMYK").save(tmp_path / "ink.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "ink.tif"), 255 - rgb.transpose(2, 0, 1))  # without black
+    Image.fromarray(indices > 1).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "bits.png")[0], np.where(indices > 1, 255, 0))
+
+
+def test_an_exif_orientation_is_not_applied(tmp_path: Path) -> None:
+    from PIL import ExifTags, Image
+
+    rgb = np.random.default_rng(3).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), rgb.transpose(2, 0, 1))
+
+
+def test_a_file_of_several_pages_is_refused(tmp_path: Path, deep_rgb: np.ndarray) -> None:
+    from PIL import Image
+
+    page = Image.fromarray(deep_rgb[..., 0])
+    page.save(tmp_path / "stack.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(DataError, match="several pages") as caught:
+        read_image(tmp_path / "stack.tif")
+    assert "3 pages" in caught.value.where
+    assert "NIfTI" in caught.value.fix

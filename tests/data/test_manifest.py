@@ -257,6 +257,12 @@ def test_imagenet_folders_give_split_and_label(tmp_path: Path) -> None:
     }
 
 
+def test_w24_names_with_several_dots_stay_apart(tmp_path: Path) -> None:
+    root = images(tmp_path, "a.b.png", "a.c.png", "a.png")
+    cases = read_image_cases(root, labels={"a.b": "1", "a.c.png": "2"})
+    assert {case.case_id: case.label for case in cases} == {"a.b.png": "1", "a.c.png": "2", "a.png": ""}
+
+
 def test_images_of_a_csv(tmp_path: Path) -> None:
     root = images(tmp_path / "images", "P1_L.png", "P1_R.png", "sub/P2_L.png")
     path = csv_file(tmp_path / "a.csv", "patient_id,group\nimages/P1_L.png,P1\nP1_R.png,P1\nP2_L,P2\n")
@@ -454,3 +460,22 @@ def test_r21_any_dataset_string_parses_or_is_refused(text: str) -> None:
         return
     assert values["split"] in {"TRAIN", "VAL", "TEST"}
     assert values["root"]
+
+
+def test_names_of_data_sets_tell_their_layout() -> None:
+    for name, layout in (("GliomaSSL", "mmdinov2"), ("GliomaSupervised", "mmdinov2")):
+        assert parse_dataset_string(f"{name}:split=TRAIN:root=/d:mri_sequences=t1,t1c")["layout"] == layout
+    for name in ("ProstateSSL", "MedicalDataset"):
+        assert "layout" not in parse_dataset_string(f"{name}:split=TRAIN:root=/d")
+    with pytest.raises(ConfigError) as caught:
+        parse_dataset_string("GliomaSSSL:split=TRAIN:root=/d")
+    assert "did you mean GliomaSSL" in caught.value.where
+
+
+def test_rows_of_a_table_are_told_apart_by_the_same_columns_in_every_part(tmp_path: Path) -> None:
+    text = "study_id,image,split\n1,a.png,train\n1,b.png,train\n2,c.png,\n"
+    table = csv_file(tmp_path / "t.csv", text)
+    assert row_ids(read_table(table)) == ["a.png", "b.png", "c.png"]  # a study has several rows
+    part = csv_file(tmp_path / "p.csv", "study_id,image,split\n1,b.png,train\n2,c.png,\n")  # here each has one
+    assert [case.case_id for case in read_table_cases(table, split_csv=part)] == ["b.png", "c.png"]
+    assert {case.split for case in read_table_cases(table)} == {""}  # a row without a split: the column tells nothing

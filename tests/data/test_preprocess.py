@@ -442,3 +442,66 @@ def test_constant_and_damaged_pictures_are_named(tmp_path: Path) -> None:
 def test_senseless_settings_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         PreprocessConfig.model_validate(values)
+
+
+# --- windows in HU ---------------------------------------------------------------------------------------------------
+
+
+def test_a_window_in_hu_is_the_same_for_every_slice_and_clips_padding() -> None:
+    volume = np.random.default_rng(0).integers(-900, 900, (4, 6, 5)).astype(np.int16)
+    volume[0, 0], volume[1, 0], volume[2, 0] = -1024, -2000, -3024
+    low, high = sequence_limits("ct", volume, 0, PreprocessConfig(window_hu=(-1000, 1000)))
+    np.testing.assert_array_equal(low, [-1000] * 4)
+    np.testing.assert_array_equal(high, [1000] * 4)
+    scaled = scale_to_unit(volume, low, high)  # slices stand for sequences here
+    assert (scaled[:3, 0] == 0).all()
+    np.testing.assert_allclose(scaled[3], (volume[3].astype(float) + 1000) / 2000, atol=1e-6)
+
+
+def test_slices_without_content_have_no_range() -> None:
+    volume = np.random.default_rng(0).integers(-900, 900, (3, 6, 5)).astype(np.int16)
+    volume[0] = 0  # padding in the middle of the window
+    volume[1] = np.random.default_rng(1).integers(-3024, -1000, (6, 5))  # air alone
+    low, high = sequence_limits("ct", volume, 0, PreprocessConfig(window_hu=(-1000, 1000)))
+    assert (high > low).tolist() == [False, False, True]
+    for axis in (1, 2):
+        low, high = sequence_limits("ct", volume, axis, PreprocessConfig(window_hu=(-1000, 1000)))
+        assert len(low) == volume.shape[axis]
+        assert (high > low).all()
+
+
+def test_a_window_counts_for_the_sequences_that_are_named() -> None:
+    volume = np.random.default_rng(0).integers(0, 900, (3, 6, 5)).astype(np.int16)
+
+    def top(name: str, **values: object) -> float:
+        config = PreprocessConfig.model_validate({"window_hu": [-100, 200], **values})
+        return float(sequence_limits(name, volume, 0, config)[1][0])
+
+    percentile = float(np.percentile(volume[0], 99))
+    assert top("ct") == top("pet") == top("ax_adc") == 200
+    assert top("ct", window_sequences=["ct"]) == 200
+    assert top("pet", window_sequences=["ct"]) == pytest.approx(percentile)
+    assert top("ax_adc", adc_scale="fixed") == 3000
+    assert top("ax_adc", adc_scale="fixed", window_sequences=["ax_adc"]) == 200
+    assert top("ct", window_sequences=[]) == pytest.approx(percentile)
+    with pytest.raises(ValueError, match="below the upper"):
+        PreprocessConfig(window_hu=(100, 100))
+
+
+def test_a_file_of_four_axes_is_read_once_for_all_its_sequences(
+    tmp_path: Path, ball: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medssl_cli.data import preprocess
+
+    write_volume(tmp_path / "a.nii.gz", Volume(np.stack([ball.array, ball.array + 5]), ball.affine))
+    read: list[Path] = []
+
+    def counting(path: Path) -> Volume:
+        read.append(path)
+        return read_volume(path)
+
+    monkeypatch.setattr(preprocess, "read_volume", counting)
+    sequences = {name: Sequence(name, tmp_path / "a.nii.gz", volume_index=i) for i, name in enumerate("ab")}
+    prepared = prepare_case(Case("x", "x", sequences), ("a", "b"), PreprocessConfig())
+    assert len(read) == 1
+    np.testing.assert_array_equal(prepared.images_SZYX[1], prepared.images_SZYX[0] + 5)

@@ -524,3 +524,22 @@ def test_a_slice_is_much_faster_than_from_nifti_and_the_store_is_smaller(tmp_pat
     nifti = median(lambda: [np.asarray(nib.load(path).dataobj[..., 12]) for path in paths], 5)
     ours = median(lambda: store.read_slice(0, 0, 12), 21)
     assert nifti / ours > 25
+
+
+def test_settings_that_came_later_leave_the_names_of_older_stores(tmp_path: Path) -> None:
+    cases = [volume_case(tmp_path, "a")]
+    from medssl_cli.data.store import _base
+
+    known = {
+        "orientation": "RAS",
+        "reference": None,
+        "percentiles": [1.0, 99.0],
+        "adc_scale": "percentile",
+        "adc_range": [0.0, 3000.0],
+        "resample_mm": None,
+        "picture_side": 512,
+    }  # what a key was made of before there were windows
+    assert _base(SEQUENCES, PreprocessConfig(), "volumes") == (2, "volumes", SEQUENCES, known)
+    windowed = PreprocessConfig(window_hu=(-1000, 1000))
+    one, other = (data_digest(cases, SEQUENCES, config, "volumes") for config in (PreprocessConfig(), windowed))
+    assert one != other

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from medssl_cli.core.config import changed_keys
 from medssl_cli.core.errors import ConfigError, DataError
-from medssl_cli.data.datasets import DataConfig
-from medssl_cli.services.training_data import read_training_data
+from medssl_cli.core.volume import Volume
+from medssl_cli.data.datasets import DataConfig, ImageDataset, SliceDataset, collate, prepare_store
+from medssl_cli.data.images import read_volume, write_volume
+from medssl_cli.data.views import CropsConfig, MultiCrop
+from medssl_cli.services.training_data import TrainingData, build_dataset, read_training_data
 
 
 def config_of(root: Path, **values: Any) -> DataConfig:
@@ -203,8 +208,394 @@ def test_a_sequence_that_some_cases_lack_is_told(prostate_tree: Path, caplog: py
     assert "ax_adc is absent in 1 of 6 cases: 'PT-0002'." in caplog.text
 
 
-def test_no_root_and_a_table_are_wrong_usage(tmp_path: Path) -> None:
+def test_no_root_is_wrong_usage() -> None:
     with pytest.raises(ConfigError, match="No data was named"):
         read_training_data(DataConfig())
-    with pytest.raises(ConfigError, match="series table"):
-        read_training_data(config_of(write(tmp_path / "series.csv", "path\na.nii\n")))
+
+
+# --- series tables ---------------------------------------------------------------------------------------------------
+
+
+def write_ct(path: Path, *, shape: tuple[int, int, int] = (6, 24, 20), seed: int = 0, padding: int = -1000) -> Path:
+    """A small CT: air or padding around soft tissue of 0 to 100 HU with a bone of 900 HU, axial slices of 3 mm."""
+    array = np.full(shape, padding, np.int16)
+    tissue = np.random.default_rng(seed).integers(0, 100, shape)
+    array[:, 4:-4, 4:-4] = tissue[:, 4:-4, 4:-4]
+    array[:, 8:10, 8:10] = 900
+    write_volume(path, Volume(array, np.diag([0.8, 0.8, 3.0, 1.0])))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Five series of three patients, of different sizes; relative paths."""
+    rows = ["patient_id,study_uid,series_uid,nifti_path,label_any"]
+    for i, patient in enumerate(("p1", "p1", "p2", "p2", "p3")):
+        write_ct(tmp_path / f"nifti/{i}.nii.gz", shape=(6, 24 + 4 * i, 20 + 2 * i), seed=i)
+        rows.append(f"{patient},st{i // 2},se{i},nifti/{i}.nii.gz,{i % 2}")
+    return write(tmp_path / "series.csv", "\n".join(rows) + "\n")
+
+
+def test_a_table_is_read_as_volumes_of_one_sequence(table: Path) -> None:
+    data = read_training_data(config_of(table))
+    assert (data.kind, data.layout) == ("volumes", "table")
+    assert [case.case_id for case in data.cases] == [f"st{i // 2}__se{i}" for i in range(5)]
+    assert (data.config.mri_sequences, data.config.as_pictures) == (("image",), True)
+    assert DataConfig.model_validate(data.config.model_dump()).mri_sequences == ("image",)  # config.yaml of the run
+    named = read_training_data(config_of(table, mri_sequences="ct"))
+    assert list(named.cases[0].sequences) == ["ct"]
+    assert named.config.as_pictures is None
+    with pytest.raises(ConfigError, match="volume of one sequence"):
+        read_training_data(config_of(table, mri_sequences="ct,pet"))
+
+
+def test_missing_files_of_a_table_are_named_all_at_once(table: Path) -> None:
+    (table.parent / "nifti/1.nii.gz").unlink()
+    (table.parent / "nifti/3.nii.gz").rename(table.parent / "nifti/3.mha")
+    text = table.read_text().replace("3.nii.gz", "3.mha").replace("nifti/4.nii.gz", "nifti")
+    table.write_text(text)
+    with pytest.raises(DataError, match="3 of 5 files") as caught:
+        read_training_data(config_of(table))
+    for part in ("nifti/1.nii.gz: there is no such file", "3.mha: it is none of", "nifti: it is no file"):
+        assert part in caught.value.where
+    data = read_training_data(config_of(table, on_error="skip"))
+    assert [case.case_id for case in data.cases] == ["st0__se0", "st1__se2"]
+    assert {failure[0] for failure in data.unreadable} == {"st0__se1", "st1__se3", "st2__se4"}
+
+
+def test_r11_split_rows_patients_and_studies_select_rows(table: Path) -> None:
+    header, *rows = table.read_text().splitlines()
+    by_rows = write(table.parent / "s/a.csv", "\n".join([header, rows[0], rows[4]]) + "\n")
+    by_patient = write(table.parent / "s/b.csv", "patient_id\np2\n")
+    by_study = write(table.parent / "s/c.txt", "st2\n")
+    for path, expected in ((by_rows, [0, 4]), (by_patient, [2, 3]), (by_study, [4])):
+        data = read_training_data(config_of(table, split_csv=str(path)))
+        assert [int(case.case_id[-1]) for case in data.cases] == expected
+    with pytest.raises(DataError, match="1 of 1 ids have no row") as caught:
+        read_training_data(config_of(table, split_csv=str(write(table.parent / "s/d.csv", "patient_id\np22\n"))))
+    assert "did you mean 'p2'" in caught.value.where
+
+
+def test_r12_a_table_has_the_leak_gates_of_trees(table: Path) -> None:
+    header, *rows = table.read_text().splitlines()
+    train = write(table.parent / "s/train.csv", "\n".join([header, rows[0], rows[2], rows[3]]) + "\n")
+    val = write(table.parent / "s/val.csv", "\n".join([header, rows[4]]) + "\n")
+    assert len(read_training_data(config_of(table, split_csv=str(train))).cases) == 3
+    val.write_text("\n".join([header, rows[1]]) + "\n")  # another series of p1
+    with pytest.raises(DataError, match="share patients") as caught:
+        read_training_data(config_of(table, split_csv=str(train)))
+    assert "patient p1" in caught.value.where
+    val.write_text("\n".join([header, rows[4]]) + "\n")
+    shutil.copy(table.parent / "nifti/0.nii.gz", table.parent / "nifti/4.nii.gz")
+    with pytest.raises(DataError, match="under two names"):
+        read_training_data(config_of(table, split_csv=str(train)))
+
+
+def test_r12_a_split_table_named_as_data_is_compared_with_its_siblings(table: Path) -> None:
+    header, *rows = table.read_text().splitlines()
+    train = write(table.parent / "train.csv", "\n".join([header, *rows[:2]]) + "\n")
+    write(table.parent / "test.csv", "\n".join([header, *rows[2:]]) + "\n")
+    assert len(read_training_data(config_of(train)).cases) == 2
+    write(table.parent / "test.csv", "\n".join([header, *rows[1:]]) + "\n")
+    with pytest.raises(DataError) as caught:
+        read_training_data(config_of(train))
+    assert caught.value.code == "split_leak"
+
+
+def test_r12_a_column_split_is_obeyed(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    header, *rows = table.read_text().splitlines()
+    splits = ("train", "train", "VAL", "val", "test")
+    text = "\n".join([f"{header},split", *(f"{row},{split}" for row, split in zip(rows, splits, strict=True))])
+    table.write_text(text + "\n")
+    with caplog.at_level(logging.WARNING):
+        assert len(read_training_data(config_of(table)).cases) == 2
+    assert "2 cases of the split train are used; left out: 1 of test, 2 of val" in caplog.text
+    assert len(read_training_data(config_of(table, split="VAL")).cases) == 2
+    table.write_text(text.replace("p2,st1,se3", "p1,st1,se3") + "\n")
+    with pytest.raises(DataError) as caught:
+        read_training_data(config_of(table))
+    assert caught.value.code == "split_leak"
+
+
+@pytest.mark.parametrize("bad", ["../x.nii.gz", "/etc/passwd", "nifti/../../x.nii.gz"])
+def test_r13_paths_of_a_table_stay_inside(table: Path, bad: str) -> None:
+    table.write_text(f"path\n{bad}\n")
+    with pytest.raises(DataError) as caught:
+        read_training_data(config_of(table))
+    assert caught.value.code == "path_escapes"
+
+
+def test_a_table_of_pictures_and_one_of_both(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    np.save(tmp_path / "3.npy", np.zeros((8, 8, 3), np.float32))
+    np.save(tmp_path / "4.npy", np.zeros((8, 9, 10), np.float32))
+    table = write(tmp_path / "t.csv", "id,image\n" + "".join(f"{i},{i}.png\n" for i in range(3)) + "3,3.npy\n")
+    data = read_training_data(config_of(table))
+    assert (data.kind, len(data.cases), data.config.as_pictures) == ("images", 4, None)
+    mixed = write(tmp_path / "m.csv", "id,image\n0,0.png\n4,4.npy\n")
+    with pytest.raises(DataError, match="pictures or volumes, not both") as caught:
+        read_training_data(config_of(mixed))
+    assert "0.png is of images, 4.npy is of volumes" in caught.value.where
+
+
+def test_arrays_of_three_axes_follow_the_rest_of_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "thin.npy", rng.integers(-9, 9, (3, 12, 10)))
+    np.save(tmp_path / "thick.npy", rng.integers(-9, 9, (5, 12, 10)))
+    table = write(tmp_path / "t.csv", "id,path\n0,thin.npy\n1,thick.npy\n")
+    with caplog.at_level(logging.WARNING):
+        assert read_training_data(config_of(table)).kind == "volumes"
+    assert caplog.text.count("tell no geometry") == 1
+    alone = write(tmp_path / "a.csv", "id,path\n0,thin.npy\n")
+    assert read_training_data(config_of(alone)).kind == "images"
+    assert read_training_data(config_of(alone, kind="volumes")).kind == "volumes"
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+WINDOWS = {"brain": [0, 80], "subdural": [-20, 180], "bone": [-800, 2000]}
+
+
+def dataset_of(data: TrainingData, cache: Path, seed: int = 0) -> SliceDataset | ImageDataset:
+    return build_dataset(prepare_store(data.cases, data.config, cache, kind=data.kind), data.config, seed)
+
+
+def test_windows_become_channels_of_a_plain_picture(table: Path, tmp_path: Path) -> None:
+    data = read_training_data(config_of(table, windows_hu=WINDOWS, spatial_size=32, random_slices=True))
+    dataset = dataset_of(data, tmp_path / "cache")
+    assert (dataset.sequences, dataset.n_sequences, dataset.channels) == (None, 1, 3)
+    sample = dataset[(3, 0)]
+    stored = read_volume(data.cases[0].sequences["image"].path).reoriented("RAS").array[sample.index].astype(float)
+    top, left, height, width = sample.window
+    cut = stored[top : top + height, left : left + width]
+    expected = np.stack([np.clip((cut - low) / (high - low), 0, 1) for low, high in WINDOWS.values()])
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(expected)[None], sample.image_SHW.shape[1:], mode="bilinear", align_corners=False
+    )[0]
+    torch.testing.assert_close(sample.image_SHW.double(), resized, atol=1e-5, rtol=0)
+    assert sample.available_S.tolist() == [True, True, True]
+    reordered = {name: WINDOWS[name] for name in ("bone", "brain", "subdural")}
+    other = config_of(table, windows_hu=reordered)
+    assert changed_keys(other.model_dump(mode="json"), data.config.model_dump(mode="json"))  # seen on resume
+
+
+def test_tables_of_several_sizes_make_one_batch(table: Path, tmp_path: Path) -> None:
+    data = read_training_data(config_of(table, windows_hu=WINDOWS, spatial_size=64))
+    dataset = dataset_of(data, tmp_path / "cache")
+    batch = collate([dataset[(i, i)] for i in range(5)])
+    assert batch.images_BSHW.shape[:2] == (5, 3)
+    assert len({tuple(size) for size in batch.sizes_B2.tolist()}) > 1
+    for image, (height, width) in zip(batch.images_BSHW, batch.sizes_B2.tolist(), strict=True):
+        assert image[:, height:].abs().sum() == image[:, :, width:].abs().sum() == 0
+    assert batch.available_BS.all()
+    assert MultiCrop(CropsConfig(global_crops_size=32, local_crops_size=16), 8, 1)(batch, 0).global_VSHW.shape == (
+        *(10, 3, 32, 32),
+    )
+
+
+def test_windows_leave_the_store_alone(table: Path, tmp_path: Path) -> None:
+    stores = []
+    for windows in (None, WINDOWS, {"one": [-1000, 1000]}):
+        data = read_training_data(config_of(table, windows_hu=windows))
+        stores.append(prepare_store(data.cases, data.config, tmp_path / "cache", kind="volumes"))
+    assert len({store.digest for store in stores}) == 1
+    assert stores[0].facts(0).dtype == np.int16
+
+
+def test_one_window_of_a_case_tree_keeps_its_sequence(tmp_path: Path) -> None:
+    for i in range(2):
+        write_ct(tmp_path / f"tree/P{i}/ct.nii.gz", seed=i, padding=-3024)
+    values = {"mri_sequences": "ct", "preprocess": {"window_hu": [-1000, 1000]}, "spatial_size": 24}
+    data = read_training_data(config_of(tmp_path / "tree", **values))
+    dataset = dataset_of(data, tmp_path / "cache")
+    assert (dataset.sequences, dataset.n_sequences, dataset.channels) == (("ct",), 1, 1)
+    image = dataset[(0, 0)].image_SHW[0]
+    assert image.min() == 0  # padding of -3024 is clipped
+    assert image.max() == pytest.approx(0.95)  # bone of 900 HU
+    plain = read_training_data(config_of(tmp_path / "tree", **values, as_pictures=True))
+    assert dataset_of(plain, tmp_path / "cache").sequences is None
+
+
+def test_pictures_of_several_sequences_are_refused(prostate_tree: Path, prepared_cache: Path) -> None:
+    data = read_training_data(config_of(prostate_tree, as_pictures=True))
+    with pytest.raises(ConfigError, match="volumes of one sequence"):
+        dataset_of(data, prepared_cache)
+
+
+def test_ct_of_eight_bits_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        grey = Volume(rng.integers(0, 256, (5, 16, 16)).astype(np.uint8), np.eye(4))
+        write_volume(tmp_path / f"t/{i}.nii.gz", grey)
+    table = write(tmp_path / "t/t.csv", "path\n0.nii.gz\n1.nii.gz\n")
+    for values in ({"windows_hu": WINDOWS}, {"preprocess": {"window_hu": [-1000, 1000]}}):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            dataset_of(read_training_data(config_of(table, **values)), tmp_path / "cache")
+        assert "ct_not_hu" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        dataset_of(read_training_data(config_of(table, windows_hu={"brain": [0, 80]})), tmp_path / "cache")
+    assert "ct_not_hu" not in caplog.text
+
+
+def test_random_axes_of_a_table_only_where_the_spacing_allows(
+    table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cube = np.random.default_rng(0).integers(-9, 9, (20, 20, 20))
+    np.save(table.parent / "nifti/cube.npy", cube)
+    table.write_text(table.read_text() + "p4,st4,se9,nifti/cube.npy,0\n")
+    data = read_training_data(config_of(table, random_axes=True, spatial_size=16))
+    with caplog.at_level(logging.WARNING):
+        dataset = dataset_of(data, tmp_path / "cache")
+    assert "coronal and sagittal slices are left out in 5 of 6 cases" in caplog.text
+    axes = {case: {dataset[(position, case)].axis for position in range(24)} for case in (0, 5)}
+    assert axes == {0: {0}, 5: {0, 1, 2}}
+    values = {"random_axes": True, "spatial_size": 16, "preprocess": {"resample_mm": [1, 1, 1]}}
+    resampled = dataset_of(read_training_data(config_of(table, **values)), tmp_path / "cache")
+    assert {resampled[(position, 0)].axis for position in range(24)} == {0, 1, 2}
+
+
+# --- modalities and other layouts ------------------------------------------------------------------------------------
+
+
+def test_v02_the_folder_of_a_modality_is_the_tree(tmp_path: Path) -> None:
+    for folder in ("Silt-Lamp", "Fundus"):
+        for i in range(2):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "Silt-Lamp/notes.txt").write_text("not a picture")
+    data = read_training_data(config_of(tmp_path, modality="slit lamp"))
+    assert [case.case_id for case in data.cases] == ["0.png", "1.png"]
+    assert data.cases[0].sequences["image"].path == tmp_path / "Silt-Lamp/0.png"
+    assert len(read_training_data(config_of(tmp_path)).cases) == 4
+
+
+def test_w38_a_corrupt_picture_at_the_last_index_is_listed_and_skipped(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "z.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "notes.txt").write_text("not a picture")
+    with pytest.raises(DataError) as caught:
+        dataset_of(read_training_data(config_of(tmp_path)), tmp_path / "cache")
+    assert "z.png" in caught.value.where
+    data = read_training_data(config_of(tmp_path, on_error="skip"))
+    store = prepare_store(data.cases, data.config, tmp_path / "cache", kind="images")
+    assert (len(data.cases), len(store)) == (4, 3)
+    assert [failure[0] for failure in store.failures] == ["z.png"]
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path) -> Path:
+    root = tmp_path / "Dataset001_Ct"
+    for i in range(3):
+        write_ct(root / f"imagesTr/c{i}_0000.nii.gz", seed=i)
+        inside = np.zeros((6, 24, 20), np.uint8)
+        inside[2 + i, 8:12, 8:12] = 1 + i
+        write_volume(root / f"labelsTr/c{i}.nii.gz", Volume(inside, np.diag([0.8, 0.8, 3.0, 1.0])))
+    write_ct(root / "imagesTs/c9_0000.nii.gz", seed=9)
+    write(root / "dataset.json", '{"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}')
+    return root
+
+
+def test_a_layout_names_its_own_channels(nnunet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        data = read_training_data(config_of(nnunet, spatial_size=16))
+    assert "sequences: ct, as the layout nnunet names them" in caplog.text
+    assert "left out: 1 of test" in caplog.text
+    assert (data.layout, data.config.mri_sequences, len(data.cases)) == ("nnunet", ("ct",), 3)
+    dataset = dataset_of(data, tmp_path / "cache")
+    assert [dataset[(0, case)].index for case in range(3)] == [2, 3, 4]  # where the label is, whatever its class
+    assert dataset[(0, 0)].roi_HW is not None
+    assert [case.case_id for case in read_training_data(config_of(nnunet, split="TEST")).cases] == ["c9"]
+    bare = read_training_data(config_of(nnunet, roi="", mri_sequences="0000"))
+    assert bare.cases[0].roi is None
+    assert list(bare.cases[0].sequences) == ["0000"]
+    with pytest.raises(DataError, match="none of the sequences"):
+        read_training_data(config_of(nnunet, mri_sequences="ax_t2wi"))
+
+
+def test_r12_lists_of_a_layout_are_held_apart(nnunet: Path) -> None:
+    train = write(nnunet.parent / "s/train.csv", "patient_id\nc0\nc1\n")
+    val = write(nnunet.parent / "s/val.csv", "patient_id\nc2\n")
+    assert len(read_training_data(config_of(nnunet, split_csv=str(train))).cases) == 2
+    val.write_text("patient_id\nc1\n")
+    with pytest.raises(DataError) as caught:
+        read_training_data(config_of(nnunet, split_csv=str(train)))
+    assert caught.value.code == "split_leak"
+
+
+def test_a_decathlon_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    write_ct(tmp_path / "imagesTr/a.nii.gz")
+    text = '{"modality": {"0": "CT"}, "training": [{"image": "imagesTr/a.nii.gz"}, {"image": "imagesTr/b.nii.gz"}]}'
+    write(tmp_path / "dataset.json", text)
+    with pytest.raises(DataError, match="1 of 2 files") as caught:
+        read_training_data(config_of(tmp_path))
+    assert "b.nii.gz" in caught.value.where
+    assert len(read_training_data(config_of(tmp_path, on_error="skip")).cases) == 1
+
+
+def test_a_template_with_lists(tmp_path: Path) -> None:
+    for seed, name in enumerate(("A/P1", "A/P2", "B/P1")):
+        write_ct(tmp_path / name / "ct.nii.gz", seed=seed)
+    write(tmp_path / "splits/train.txt", "A/P1\nB/P1\n")
+    write(tmp_path / "splits/val.txt", "A/P2\n")
+    values = {"template": "{relative}/{sequence}.nii.gz", "mri_sequences": "ct"}
+    assert [c.case_id for c in read_training_data(config_of(tmp_path, **values)).cases] == ["A/P1", "B/P1"]
+    assert [c.case_id for c in read_training_data(config_of(tmp_path, split="VAL", **values)).cases] == ["A/P2"]
+
+
+# --- real images -----------------------------------------------------------------------------------------------------
+
+
+def test_real_ct_as_tree_and_as_table(real_data: Path, tmp_path: Path) -> None:
+    root = real_data / "sts_ct_pet_mr_volumes"
+    names = [path.name for path in sorted(root.glob("STS_*"))][:2]
+    split = write(tmp_path / "two.csv", "patient_id\n" + "\n".join(names) + "\n")
+    values = {"split_csv": str(split), "spatial_size": 64}
+    tree = {"mri_sequences": "CT_image", "roi": "CT_mask", "preprocess": {"window_hu": [-160, 240]}}
+    data = read_training_data(config_of(root, **values, **tree))
+    dataset = dataset_of(data, tmp_path / "cache")
+    sample = dataset[(0, 0)]
+    assert sample.roi_HW is not None
+    assert sample.roi_HW.any()
+    stored = read_volume(root / names[0] / "CT_image.nii.gz").reoriented("RAS").array[sample.index]
+    top, left, height, width = sample.window
+    cut = np.clip((stored[top : top + height, left : left + width].astype(float) + 160) / 400, 0, 1)
+    if sample.image_SHW.shape[1:] == cut.shape:
+        np.testing.assert_allclose(sample.image_SHW[0], cut, atol=1e-5)
+    assert float(sample.image_SHW.mean()) == pytest.approx(cut.mean(), abs=0.02)
+    rows = [f"{name},{name}/CT_image.nii.gz" for name in names]
+    for name in names:
+        (tmp_path / name).symlink_to(root / name)
+    table = write(tmp_path / "t.csv", "patient_id,path\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError) as caught:  # a link out of the folder of the table
+        read_training_data(config_of(table))
+    assert caught.value.code == "path_escapes"
+    for name in names:
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        shutil.copy(root / name / "CT_image.nii.gz", tmp_path / name)
+    data = read_training_data(config_of(table, windows_hu=WINDOWS, spatial_size=64))
+    pictures = dataset_of(data, tmp_path / "cache")
+    assert pictures[(0, 0)].image_SHW.shape[0] == 3
+    assert 0.05 < float(pictures[(0, 0)].image_SHW[2].mean()) < 0.95
+
+
+def test_real_fundus_pictures_of_a_modality(real_data: Path) -> None:
+    data = read_training_data(config_of(real_data / "fundus_dr_grading/images", modality="Fundus"))
+    assert (data.kind, len(data.cases), data.config.modality) == ("images", 376, "fundus")
+
+
+def test_real_prostate_as_a_table_of_volumes(real_data: Path, tmp_path: Path) -> None:
+    folder = real_data / "prostate3t_t2"
+    paths = sorted(path.relative_to(folder) for path in (folder / "nifti").glob("*.nii.gz"))[:3]
+    for path in paths:
+        write(tmp_path / path.name, (folder / path).read_bytes())
+    table = write(tmp_path / "t.csv", "path\n" + "".join(f"{path.name}\n" for path in paths))
+    data = read_training_data(config_of(table, spatial_size=64))
+    dataset = dataset_of(data, tmp_path / "cache")
+    assert (len(data.cases), dataset.sequences, dataset.channels) == (len(paths), None, 1)
+    assert 0.5 < float(dataset[(0, 0)].image_SHW.max()) <= 1
