@@ -1,4 +1,4 @@
-"""medssl convert: DICOM series into a case tree, and the sequences of a case onto one grid."""
+"""medssl convert: DICOM series into a case tree, sequences of a case onto one grid, and weights of other programs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(
     name="convert",
-    help="Convert DICOM series into a case tree, and bring sequences onto one grid.",
+    help="Convert DICOM series into a case tree, bring sequences onto one grid, take over weights.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -121,6 +121,35 @@ def align(
     typer.echo(to_json(result.report()) if json else result.summary())
     if result.error is not None:
         raise result.error
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def weights(
+    file: Annotated[Path, typer.Argument(help="Weights of another program: .pth, .pt, .bin or .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder for teacher_backbone.safetensors, or a .safetensors file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="What the file does not tell, e.g. num_heads=6 modality=oct."),
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            help="dinov2, dinov3, meddinov3, retfound, visionfm, ibot, timm, hf, convnext or vgg19; auto looks."
+        ),
+    ] = "auto",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize stored positions to images of this side. [default: the file's]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other weights at OUT.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+) -> None:
+    """Take over a backbone of another program, with a card that tells how images are prepared for it."""
+    from medssl_cli.services.convert_weights import WeightsRequest, convert_weights
+
+    result = convert_weights(
+        WeightsRequest(file, out, source, image_size, overwrite=overwrite, overrides=tuple(overrides or ()))
+    )
+    typer.echo(result.to_json() if json else result.summary())
 
 
 def _list_mappings(asked: bool) -> None:

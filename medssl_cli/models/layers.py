@@ -4,8 +4,8 @@ Every layer works on one tensor of tokens laid end to end, so that crops of seve
 only attention and stochastic depth need to know where a sample begins. Random draws are made outside (``draw_drops``)
 and handed in: a block is then a pure function, safe to recompute and to compile.
 
-Letters: B samples, C channels, H W space, N tokens of one sample, T tokens of all groups together, D width, A heads,
-E width of one head.
+Letters: B samples, C channels, H W space, N tokens of one sample, T tokens of all groups together, K tokens that are
+needed, D width, A heads, E width of one head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl_cli.models.attention import Groups, attend, token_count
+from medssl_cli.models.rope import packed_table, rotate
 
 
 def nearest_legal_sizes(size: int, patch_size: int) -> tuple[int, int]:
@@ -69,42 +70,72 @@ _CARRIED_NUMBERS = 2**21
 """Attention weights of all heads that ``Attention.carried`` holds at once: 8 MiB."""
 
 
+class KeylessBiasLinear(nn.Linear):
+    """Query, key and value projection whose bias has no effect on the keys: (T, D) -> (T, 3 D).
+
+    A bias of the keys shifts every score of a query by the same amount, so softmax takes no notice of it, but it
+    drifts in half precision. DINOv3's files carry the mask as ``bias_mask``; it is filled here from the start.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim, bias=True)
+        self.register_buffer("bias_mask", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, 3 D)."""
+        return F.linear(x_TD, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+Rope = tuple[Tensor, ...]
+"""Cosines and sines of each group's tokens, (2, N, E) each; see ``rope.RopeEmbedding``."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) within each sample: (T, D) -> (T, D)."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_bias: bool = True, mask_k_bias: bool = False
+    ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is no multiple of {num_heads} heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = KeylessBiasLinear(dim) if qkv_bias and mask_k_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def _split(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, each (T, A, E), as views."""
+    def _split(self, x_TD: Tensor, groups: Groups, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, each (T, A, E); views, but for queries and keys that are turned."""
         q, k, v = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        if rope is not None:
+            table_2T1E = packed_table(rope, groups)
+            q, k = rotate(q, table_2T1E), rotate(k, table_2T1E)
         return q, k, v
 
-    def forward(self, x_TD: Tensor, groups: Groups) -> Tensor:
+    def forward(self, x_TD: Tensor, groups: Groups, rope: Rope | None = None) -> Tensor:
         """(T, D) -> (T, D)."""
-        q_TAE, k_TAE, v_TAE = self._split(x_TD)
-        return self.proj(attend(q_TAE, k_TAE, v_TAE, groups).flatten(-2))
+        return self.proj(self.mix(x_TD, groups, rope))
 
-    def weights(self, x_TD: Tensor, groups: Groups) -> Tensor:
+    def mix(self, x_TD: Tensor, groups: Groups, rope: Rope | None = None) -> Tensor:
+        """What the heads found, before the output projection: (T, D) -> (T, D)."""
+        return attend(*self._split(x_TD, groups, rope), groups).flatten(-2)
+
+    def weights(self, x_TD: Tensor, groups: Groups, rope: Rope | None = None) -> Tensor:
         """Attention of one group, averaged over heads: (B, N, N), each row sums to 1."""
         if len(groups) != 1:
             raise ValueError(f"attention weights are made for one group at a time, got {groups}")
-        q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2) for part in self._split(x_TD))
+        q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2) for part in self._split(x_TD, groups, rope))
         return (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
 
-    def carried(self, x_TD: Tensor, groups: Groups, share_BN: Tensor) -> Tensor:
+    def carried(self, x_TD: Tensor, groups: Groups, share_BN: Tensor, rope: Rope | None = None) -> Tensor:
         """``share_BN`` of the queries handed on to the keys: (B, N), the product ``share @ weights`` row by row.
 
         The weights themselves, (B, N, N), are never held: a few thousand tokens would fill gigabytes.
         """
         if len(groups) != 1:
             raise ValueError(f"attention is carried for one group at a time, got {groups}")
-        q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2).float() for part in self._split(x_TD))
+        q, k, _ = (part.unflatten(0, groups[0]).transpose(1, 2).float() for part in self._split(x_TD, groups, rope))
         q, k_BAEN = q * q.shape[-1] ** -0.5, k.transpose(-2, -1)
         rows = max(1, _CARRIED_NUMBERS // (q.shape[0] * q.shape[1] * q.shape[2]))
         carried_BN = torch.zeros_like(share_BN)
@@ -180,6 +211,24 @@ class Subset(NamedTuple):
         """How the kept samples lie in their packed tensor."""
         return tuple((k, tokens) for k, (_, tokens) in zip(self.kept, self.groups, strict=True))
 
+    def factors(self, dtype: torch.dtype) -> Tensor:
+        """(B,) over all groups: how much the branch of a sample counts, 0 for those left out."""
+        return torch.cat(
+            [
+                torch.zeros(samples, dtype=dtype, device=index.device).index_fill_(0, index, samples / kept)
+                for (samples, _), kept, index in zip(self.groups, self.kept, self.indices, strict=True)
+            ]
+        )
+
+    def starts(self) -> Tensor:
+        """(B,) over all groups: where a sample begins in the packed tensor of the kept ones; 0 for those left out."""
+        starts, before = [], 0
+        for (samples, tokens), kept, index in zip(self.groups, self.kept, self.indices, strict=True):
+            places = torch.arange(kept, device=index.device) * tokens + before
+            starts.append(torch.zeros(samples, dtype=torch.int64, device=index.device).index_copy_(0, index, places))
+            before += kept * tokens
+        return torch.cat(starts)
+
 
 class SampleMask(NamedTuple):
     """A branch that runs on all samples and is then dropped for some: ``factor_B11`` is 0 or 1 / (1 - rate)."""
@@ -188,6 +237,20 @@ class SampleMask(NamedTuple):
 
 
 Drop = Subset | SampleMask | None
+
+
+class Needed(NamedTuple):
+    """The tokens whose output of a block is wanted.
+
+    Args:
+        places_K: Where they lie in the packed tensor, int64.
+        samples_K: Their samples, counted over all groups.
+        tokens_K: Their places within the sample.
+    """
+
+    places_K: Tensor
+    samples_K: Tensor
+    tokens_K: Tensor
 
 
 def draw_drops(
@@ -306,36 +369,74 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         ffn_bias: bool = True,
+        mask_k_bias: bool = False,
+        layernorm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+        self.norm1 = nn.LayerNorm(dim, eps=layernorm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, mask_k_bias=mask_k_bias)
         self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=layernorm_eps)
         self.mlp = build_ffn(ffn_layer, dim, ffn_hidden, bias=ffn_bias)
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
-    def forward(self, x_TD: Tensor, groups: Groups | None = None, drops: tuple[Drop, Drop] = (None, None)) -> Tensor:
-        """(T, D) packed as ``groups`` says -> (T, D); or (B, N, D) without groups -> (B, N, D)."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        groups: Groups | None = None,
+        drops: tuple[Drop, Drop] = (None, None),
+        rope: Rope | None = None,
+        needed: Needed | None = None,
+    ) -> Tensor:
+        """(T, D) packed as ``groups`` says -> (T, D); or (B, N, D) without groups -> (B, N, D).
+
+        With ``needed`` only those tokens come out, (K, D): all tokens are attended to, but the output projection and
+        the feed-forward layer run on the needed ones alone.
+        """
         if groups is None:
             samples, tokens, _ = x_TD.shape
-            return self(x_TD.flatten(0, 1), ((samples, tokens),), drops).unflatten(0, (samples, tokens))
-        x_TD = self._residual(x_TD, groups, drops[0], attention=True)
-        return self._residual(x_TD, groups, drops[1], attention=False)
+            return self(x_TD.flatten(0, 1), ((samples, tokens),), drops, rope).unflatten(0, (samples, tokens))
+        if needed is not None:
+            return self._needed(x_TD, groups, drops, rope, needed)
+        x_TD = self._residual(x_TD, groups, drops[0], rope, attention=True)
+        return self._residual(x_TD, groups, drops[1], rope, attention=False)
 
-    def _residual(self, x_TD: Tensor, groups: Groups, drop: Drop, *, attention: bool) -> Tensor:
+    def _residual(self, x_TD: Tensor, groups: Groups, drop: Drop, rope: Rope | None, *, attention: bool) -> Tensor:
         scale = self.ls1 if attention else self.ls2
         if isinstance(drop, Subset):
-            branch = scale(self._branch(_TakeSamples.apply(x_TD, drop), drop.kept_groups, attention=attention))
-            return _AddSamples.apply(x_TD, branch, drop)
-        branch = self._branch(x_TD, groups, attention=attention)
+            branch = self._branch(_TakeSamples.apply(x_TD, drop), drop.kept_groups, rope, attention=attention)
+            return _AddSamples.apply(x_TD, scale(branch), drop)
+        branch = self._branch(x_TD, groups, rope, attention=attention)
         if isinstance(drop, SampleMask):
             factor = drop.factor_B11.to(x_TD.dtype).expand(-1, groups[0][1], 1).reshape(-1, 1)
             return torch.addcmul(x_TD, scale(branch), factor)
         return torch.addcmul(x_TD, branch, scale.gamma) if isinstance(scale, LayerScale) else x_TD + branch
 
-    def _branch(self, x_TD: Tensor, groups: Groups, *, attention: bool) -> Tensor:
-        return self.attn(self.norm1(x_TD), groups) if attention else self.mlp(self.norm2(x_TD))
+    def _branch(self, x_TD: Tensor, groups: Groups, rope: Rope | None, *, attention: bool) -> Tensor:
+        return self.attn(self.norm1(x_TD), groups, rope) if attention else self.mlp(self.norm2(x_TD))
+
+    def _needed(
+        self, x_TD: Tensor, groups: Groups, drops: tuple[Drop, Drop], rope: Rope | None, needed: Needed
+    ) -> Tensor:
+        kept_TD, places_K = x_TD, needed.places_K
+        if isinstance(drops[0], Subset):
+            kept_TD, groups = _TakeSamples.apply(x_TD, drops[0]), drops[0].kept_groups
+            # a token of a sample left out takes any place: its factor is 0
+            places_K = drops[0].starts().index_select(0, needed.samples_K) + needed.tokens_K
+            places_K = places_K.clamp_(max=kept_TD.shape[0] - 1)
+        mixed_TD = self.attn.mix(self.norm1(kept_TD), groups, rope)
+        branch_KD = self.ls1(self.attn.proj(mixed_TD.index_select(0, places_K)))
+        x_KD = _add_needed(x_TD.index_select(0, needed.places_K), branch_KD, drops[0], needed)
+        return _add_needed(x_KD, self.ls2(self.mlp(self.norm2(x_KD))), drops[1], needed)
+
+
+def _add_needed(x_KD: Tensor, branch_KD: Tensor, drop: Drop, needed: Needed) -> Tensor:
+    """x plus the branch of needed tokens, each as much as stochastic depth lets its sample count."""
+    branch_KD = branch_KD.to(x_KD.dtype)
+    if drop is None:
+        return x_KD + branch_KD
+    factors_B = drop.factors(x_KD.dtype) if isinstance(drop, Subset) else drop.factor_B11.flatten().to(x_KD.dtype)
+    return torch.addcmul(x_KD, branch_KD, factors_B.index_select(0, needed.samples_K)[:, None])
 
 
 def build_ffn(name: str, dim: int, hidden: int, *, bias: bool = True) -> nn.Module:

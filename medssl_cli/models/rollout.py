@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl_cli.core.protocols import Features
+from medssl_cli.models.layers import Rope
 from medssl_cli.models.vit import VisionTransformer
 
 
@@ -37,22 +38,23 @@ def features_and_rollout(
     with _inputs_of(blocks) as inputs:
         features = model(images_BSHW, None, available_BS)
     samples = len(images_BSHW)
-    groups = ((samples, len(inputs[0]) // samples),)
+    groups = ((samples, len(inputs[0][0]) // samples),)
     share_BT = torch.zeros(groups[0], device=images_BSHW.device)
     share_BT[:, 0] = 1.0
     for block in reversed(blocks):
-        x_TD = inputs.pop()
-        share_BT = 0.5 * share_BT + 0.5 * block.attn.carried(block.norm1(x_TD), groups, share_BT)
+        x_TD, rope = inputs.pop()
+        share_BT = 0.5 * share_BT + 0.5 * block.attn.carried(block.norm1(x_TD), groups, share_BT, rope)
     return features, share_BT[:, -features.patches_BND.shape[1] :]
 
 
 @contextmanager
-def _inputs_of(blocks: list[Any]) -> Iterator[list[Tensor]]:
-    """What goes into each block during the passes within."""
-    inputs: list[Tensor] = []
+def _inputs_of(blocks: list[Any]) -> Iterator[list[tuple[Tensor, Rope | None]]]:
+    """The tokens that go into each block during the passes within, and their rotary positions."""
+    inputs: list[tuple[Tensor, Rope | None]] = []
 
     def keep(block: nn.Module, given: tuple[Any, ...]) -> None:
-        inputs.append(given[0])
+        x_TD, _, _, rope = given  # as the backbone calls its blocks
+        inputs.append((x_TD, rope))
 
     hooks = [block.register_forward_pre_hook(keep) for block in blocks]
     try:

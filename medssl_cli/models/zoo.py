@@ -28,8 +28,11 @@ from medssl_cli.core.config import Config
 from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import SCHEMA_VERSION, atomic_path, package_version, say_disk_errors, write_json
+from medssl_cli.models.convnext import STRIDE, ConvNeXt
+from medssl_cli.models.foreign import detect_source, flat_name, foreign_parts, plain_names, translate
 from medssl_cli.models.layers import nearest_legal_sizes
-from medssl_cli.models.vit import VisionTransformer, resize_positions
+from medssl_cli.models.rope import Normalize, RopeDtype
+from medssl_cli.models.vit import PosEmbed, VisionTransformer, resize_positions
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +48,66 @@ SIZES = {
 FAMILIES = ("vit", "medical_vit", "glioma_vit")
 """Names under which published configurations know the same networks."""
 
-ARCHS = {f"{family}_{size}": numbers for family in FAMILIES for size, numbers in SIZES.items()}
+CONVNEXT_SIZES = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+"""(blocks, widths) of the four stages of each named size."""
+
+_DINOV3: dict[str, Any] = {
+    "patch_size": 16,
+    "num_register_tokens": 4,
+    "pos_embed_type": "rope",
+    "pos_embed_rope_rescale_coords": 2.0,
+    "mask_k_bias": True,
+    "layernorm_eps": 1e-5,
+}
+_MEDDINOV3 = {
+    **_DINOV3,
+    "pos_embed_rope_dtype": "bf16",
+    "pos_embed_rope_rescale_coords": None,
+    "qkv_bias": False,
+    "layernorm_eps": 1e-6,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dinov3_vits16": _DINOV3,
+    "dinov3_vitb16": _DINOV3,
+    "dinov3_vitl16": _DINOV3,
+    "meddinov3_vitb16": _MEDDINOV3,
+    **{
+        f"convnext_{size}": {"patch_size": STRIDE, "layerscale": 1e-6, "drop_path_uniform": False}
+        for size in CONVNEXT_SIZES
+    },
+}
+"""Settings that a name stands for beside its size; keys given beside it win."""
+
+ARCHS = {
+    **{f"{family}_{size}": numbers for family in FAMILIES for size, numbers in SIZES.items()},
+    "dinov3_vits16": SIZES["small"],
+    "dinov3_vitb16": SIZES["base"],
+    "dinov3_vitl16": SIZES["large"],
+    "meddinov3_vitb16": SIZES["base"],
+    **{f"convnext_{size}": (dims[-1], sum(depths), 1) for size, (depths, dims) in CONVNEXT_SIZES.items()},
+}
+"""(width, blocks, heads) of every name; of a ConvNeXt the last width and all blocks."""
+
+NORM_EPS = {"layernorm": 1e-6, "layernormbf16": 1e-5}
+"""DINOv3's names of its norms."""
 
 
 class StudentConfig(Config):
     """The backbone that is trained, in DINOv2's names."""
 
     arch: str = "vit_large"
-    """vit_tiny, vit_small, vit_base, vit_large or vit_giant2; medical_vit_* and glioma_vit_* name the same networks."""
+    """vit_tiny, vit_small, vit_base, vit_large or vit_giant2 (medical_vit_* and glioma_vit_* name the same networks);
+    dinov3_vits16, dinov3_vitb16, dinov3_vitl16 or meddinov3_vitb16, with their settings; convnext_tiny, convnext_small,
+    convnext_base or convnext_large for plain pictures, without iBOT."""
 
     patch_size: PositiveInt = 16
-    """Side of a patch in pixels; image and crop sizes are multiples of it."""
+    """Side of a patch in pixels; image and crop sizes are multiples of it. 32 for a ConvNeXt."""
 
     drop_path_rate: float = Field(default=0.3, ge=0, lt=1)
     """Stochastic depth of the student."""
@@ -93,11 +145,44 @@ class StudentConfig(Config):
     num_register_tokens: NonNegativeInt = 0
     """Extra tokens without position."""
 
+    n_storage_tokens: NonNegativeInt | None = None
+    """DINOv3's name of num_register_tokens."""
+
     interpolate_offset: NonNegativeFloat | None = None
     """Offset of the position resize; null: 0.1 without registers, 0 (exact size) with them."""
 
     interpolate_antialias: bool | None = None
     """Low-pass filter of the position resize; null: with registers only."""
+
+    pos_embed_type: PosEmbed = "learned"
+    """learned (a table that is added), rope (queries and keys are rotated, as in DINOv3) or none."""
+
+    pos_embed_rope_base: float = Field(default=100.0, gt=1)
+    """Rotary positions: base of the periods."""
+
+    pos_embed_rope_dtype: RopeDtype = "fp32"
+    """Rotary positions: number type of every intermediate; bf16 for MedDINOv3. mixed: only the periods are rounded."""
+
+    pos_embed_rope_normalize_coords: Normalize = "separate"
+    """Rotary positions: divide rows and columns each by their own number, or both by the larger (max) or smaller."""
+
+    pos_embed_rope_shift_coords: NonNegativeFloat | None = None
+    """Rotary positions of the student: largest random shift of the coordinates."""
+
+    pos_embed_rope_jitter_coords: float | None = Field(default=None, ge=1)
+    """Rotary positions of the student: largest random stretch of each axis."""
+
+    pos_embed_rope_rescale_coords: float | None = Field(default=None, ge=1)
+    """Rotary positions of the student: largest random stretch of both axes together."""
+
+    mask_k_bias: bool = False
+    """The bias of the keys has no effect."""
+
+    layernorm_eps: float = Field(default=1e-6, gt=0)
+    """Added to the variance in every LayerNorm."""
+
+    norm_layer: Literal["layernorm", "layernormbf16"] | None = None
+    """DINOv3's name of layernorm_eps: 1e-6 or 1e-5."""
 
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -111,6 +196,19 @@ class StudentConfig(Config):
     num_heads: PositiveInt | None = None
     """Attention heads, instead of those that arch names."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_names(cls, values: Any) -> Any:
+        """What the architecture and DINOv3's own names stand for, where the key itself is not given."""
+        if not isinstance(values, dict):
+            return values
+        values, arch = dict(values), values.get("arch")
+        if values.get("n_storage_tokens") is not None:
+            values.setdefault("num_register_tokens", values["n_storage_tokens"])
+        if values.get("norm_layer") in NORM_EPS:
+            values.setdefault("layernorm_eps", NORM_EPS[values["norm_layer"]])
+        return {**PRESETS.get(arch if isinstance(arch, str) else "", {}), **values}
+
     @field_validator("arch")
     @classmethod
     def _known(cls, arch: str) -> str:
@@ -118,7 +216,8 @@ class StudentConfig(Config):
             near = difflib.get_close_matches(arch, ARCHS, n=1)
             raise ValueError(
                 f"no such architecture; {f'did you mean {near[0]}? ' if near else ''}known: "
-                f"{', '.join(f'vit_{size}' for size in SIZES)}, also as medical_vit_* and glioma_vit_*"
+                f"{', '.join(f'vit_{size}' for size in SIZES)}, also as medical_vit_* and glioma_vit_*; "
+                f"{', '.join(PRESETS)}"
             )
         return arch
 
@@ -127,7 +226,51 @@ class StudentConfig(Config):
         width, _, heads = self.size
         if width % heads:
             raise ValueError(f"embed_dim {width} is no multiple of num_heads {heads}")
+        if self.pos_embed_type == "rope" and width // heads % 4:
+            raise ValueError(f"rotary positions need heads whose width is a multiple of 4, not {width // heads}")
         return self
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> StudentConfig:
+        if self.n_storage_tokens not in (None, self.num_register_tokens):
+            raise ValueError(
+                f"n_storage_tokens {self.n_storage_tokens} and num_register_tokens {self.num_register_tokens} mean the "
+                "same; give one of them"
+            )
+        if self.norm_layer is not None and self.layernorm_eps != NORM_EPS[self.norm_layer]:
+            raise ValueError(f"norm_layer {self.norm_layer} and layernorm_eps {self.layernorm_eps} mean the same")
+        return self
+
+    @model_validator(mode="after")
+    def _convnext_has_no_tokens(self) -> StudentConfig:
+        if self.family != "convnext":
+            return self
+        allowed = {"arch", "patch_size", "drop_path_rate", "drop_path_uniform", "layerscale", "pretrained_weights"}
+        allowed |= {"grad_checkpointing", "embed_dim", "depth"}
+        fields = type(self).model_fields
+        idle = [key for key, value in self if key not in allowed and value != fields[key].default]
+        if idle:
+            raise ValueError(f"{self.arch} is convolutional; no effect: {', '.join(idle)}")
+        if self.patch_size != STRIDE or self.drop_path_uniform:
+            raise ValueError(f"{self.arch} has patch_size {STRIDE} and drop_path_uniform false; leave both out")
+        if (self.embed_dim or STRIDE) % 8 or (self.depth or 4) < 4:
+            raise ValueError(f"{self.arch} needs embed_dim as a multiple of 8 and depth of 4 or more")
+        return self
+
+    @property
+    def family(self) -> str:
+        """vit or convnext."""
+        return "convnext" if self.arch.startswith("convnext_") else "vit"
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(blocks, widths) of a ConvNeXt's stages after the optional keys; a depth fills the third stage."""
+        depths, dims = CONVNEXT_SIZES[self.arch.removeprefix("convnext_")]
+        if self.depth is not None:
+            depths = (1, 1, self.depth - 3, 1)
+        if self.embed_dim is not None:
+            dims = tuple(self.embed_dim // part for part in (8, 4, 2, 1))  # type: ignore[assignment]
+        return depths, dims
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -143,7 +286,7 @@ def build_backbone(
     in_chans: int = 3,
     *,
     stochastic_depth: bool,
-) -> VisionTransformer:
+) -> VisionTransformer | ConvNeXt:
     """A fresh backbone; ``pretrained_weights`` is left to the caller.
 
     Args:
@@ -151,10 +294,11 @@ def build_backbone(
         img_size: Side of the image for which positions are stored.
         sequences: Names of the MRI sequences in channel order; None for plain pictures.
         in_chans: Channels of the patch convolution, 3 to take RGB weights.
-        stochastic_depth: True for the student; the teacher and a backbone for inference are built without.
+        stochastic_depth: True for the student; the teacher and a backbone for inference are built without, and without
+            random coordinates of rotary positions.
 
     Raises:
-        ConfigError: ``img_size`` is no multiple of the patch size.
+        ConfigError: ``img_size`` is no multiple of the patch size, or sequences for a convolutional network.
     """
     if img_size % config.patch_size:
         below, above = nearest_legal_sizes(img_size, config.patch_size)
@@ -164,8 +308,15 @@ def build_backbone(
             fix=f"choose {below} or {above}" if below != above else f"choose {above}",
             code="img_size_illegal",
         )
+    if config.family == "convnext":
+        return _build_convnext(config, img_size, sequences, in_chans, stochastic_depth=stochastic_depth)
     width, depth, heads = config.size
     not_mine = {"arch", "pretrained_weights", "drop_path_rate", "embed_dim", "depth", "num_heads"}
+    not_mine |= {"n_storage_tokens", "norm_layer"}
+    random = {f"pos_embed_rope_{name}_coords" for name in ("shift", "jitter", "rescale")}
+    settings = {name: value for name, value in config if name not in not_mine}
+    if not stochastic_depth:
+        settings |= dict.fromkeys(random)
     return VisionTransformer(
         img_size=img_size,
         in_chans=in_chans,
@@ -174,7 +325,29 @@ def build_backbone(
         num_heads=heads,
         sequences=sequences,
         drop_path_rate=config.drop_path_rate if stochastic_depth else 0.0,
-        **{name: value for name, value in config if name not in not_mine},
+        **settings,
+    )
+
+
+def _build_convnext(
+    config: StudentConfig, img_size: int, sequences: Sequence[str] | None, in_chans: int, *, stochastic_depth: bool
+) -> ConvNeXt:
+    if sequences is not None:
+        raise ConfigError(
+            "A convolutional network takes plain pictures, not sequences of a case.",
+            where=f"student.arch = {config.arch}, sequences {', '.join(sequences)}",
+            fix="choose a vit_* architecture, or train on a picture tree",
+            code="arch_for_pictures",
+        )
+    depths, dims = config.stages
+    return ConvNeXt(
+        in_chans=in_chans,
+        depths=depths,
+        dims=dims,
+        drop_path_rate=config.drop_path_rate if stochastic_depth else 0.0,
+        layer_scale=config.layerscale,
+        img_size=img_size,
+        grad_checkpointing=config.grad_checkpointing,
     )
 
 
@@ -184,14 +357,21 @@ _NESTS = ("teacher", "model", "state_dict", "model_state_dict", "student", "modu
 """Keys under which weight files keep their tensors, in the order of preference."""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+Role = Literal["teacher", "student"]
+
+
+def read_weights(path: str | Path, role: Role | None = None) -> dict[str, Tensor]:
     """The tensors of a weight file, on the CPU, as they are named there.
 
     Takes safetensors and ``torch.save`` files, with the tensors at the top or below teacher, model, state_dict, …
     Pickled objects other than tensors and plain data are refused before any code of theirs runs.
 
+    Args:
+        path: The file.
+        role: Which network of a file that holds both; the teacher if not given.
+
     Raises:
-        CheckpointError: Missing, empty, cut off, of another kind, holding code, or without tensors.
+        CheckpointError: Missing, empty, cut off, of another kind, holding code, without tensors or without the role.
     """
     path = Path(path)
     head = _head_of(path)
@@ -199,7 +379,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if head[8:9] == b"{":  # after the length of the header; a pickle cannot look so
             found = load_file(path)
         elif head[:2] == b"PK" or head[:1] == b"\x80":
-            found = _tensors_of(_torch_load(path, zipped=head[:2] == b"PK"), path)
+            found = _tensors_of(_torch_load(path, zipped=head[:2] == b"PK"), path, role)
         else:
             raise _rejected(path, "neither a safetensors nor a torch.save file", "weights_unknown")
     except SafetensorError as error:
@@ -245,13 +425,16 @@ def _torch_load(path: Path, *, zipped: bool) -> Any:
             raise _rejected(path, f"cut off or damaged: {first[:200]}", "weights_truncated") from error
 
 
-def _tensors_of(data: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
+def _tensors_of(data: Any, path: Path, role: Role | None, depth: int = 0) -> dict[str, Tensor]:
     """The tensors below the first known nest, or else those at the top."""
     if not isinstance(data, Mapping):
         raise _rejected(path, f"it holds a {type(data).__name__}, not named tensors", "weights_without_tensors")
-    for nest in _NESTS:
+    held = [name for name in ("teacher", "student") if isinstance(data.get(name), Mapping)]
+    if role is not None and held and role not in held:
+        raise _rejected(path, f"it holds the {held[0]}, but no {role}", "weights_role_missing")
+    for nest in (*(() if role is None else (role,)), *_NESTS):
         if isinstance(data.get(nest), Mapping) and depth < 4:
-            return _tensors_of(data[nest], path, depth + 1)
+            return _tensors_of(data[nest], path, role, depth + 1)
     return {str(key): value for key, value in data.items() if isinstance(value, Tensor)}
 
 
@@ -260,6 +443,7 @@ def _rejected(path: Path, why: str, code: str) -> CheckpointError:
         "weights_unsafe": "take the weights as safetensors, or from a source that saved tensors only",
         "weights_lfs_pointer": "fetch the file itself with `git lfs pull`",
         "weights_without_tensors": "give a file that holds a state dict of tensors",
+        "weights_role_missing": "take the network that the file holds, or name another file",
     }
     return CheckpointError(
         "The weight file was rejected.",
@@ -283,6 +467,8 @@ class LoadReport:
         mismatched: Names with both shapes; never filled.
         resized: Names that were interpolated to the model's grid, with both shapes; counted among ``matched``.
         source: Where the tensors came from.
+        kind: Program whose names the file has, see ``foreign.SOURCES``; empty if none was recognised.
+        notes: What was done to the tensors besides renaming.
     """
 
     matched: tuple[str, ...]
@@ -291,6 +477,8 @@ class LoadReport:
     mismatched: tuple[str, ...]
     resized: tuple[str, ...] = ()
     source: str = ""
+    kind: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -306,37 +494,50 @@ class LoadReport:
             names = getattr(self, label)
             if names:
                 lines.append(f"{label} {len(names)}: {_few(names)}")
-        return lines
+        if self.kind:
+            lines.append(f"recognised as {self.kind} weights")
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+
+MAY_BE_MISSING = re.compile(r"^(?:mask_token|seq_embed|rope_embed\.periods)$|\.bias_mask$")
+"""What a file may lack: no features without masks or sequences depend on the first two, the others are constants."""
 
 
 def load_into(
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
-    minimum: float = 0.95,
+    minimum: float | None = None,
     force: bool = False,
     source: str = "",
     sequences: Sequence[str] | None = None,
+    role: Role | None = None,
+    kind: str | None = None,
 ) -> LoadReport:
     """Fill a model with tensors of a file, or leave it untouched.
 
-    Prefixes of wrappers (``module.``, ``backbone.``, ``student.``, ``teacher.``, …) are taken off, chunked block names
-    are made flat, stored positions are resized to the model's grid in the model's own way. When a file holds student
-    and teacher the teacher is taken.
+    Prefixes of wrappers (``module.``, ``backbone.``, ``student.``, ``teacher.``, …) are taken off, names of other
+    programs are translated, stored positions are resized to the model's grid in the model's own way, the same as at
+    run time: a model built for 512 pixels and one built for 224 and shown 512 give the same features.
 
     Args:
         model: A backbone or a head.
         state: From ``read_weights``.
-        minimum: Least share of the model's tensors that must match.
+        minimum: Least share of the model's tensors that must match. None: 95 % of a head, and all of a backbone but
+            for ``MAY_BE_MISSING``, with nothing left over but heads.
         force: Load what fits even below ``minimum`` or with wrong shapes.
         source: Named in the report.
         sequences: Names of the rows of the file's sequence embedding, when known: rows are then matched by name.
+        role: Which network of a file that holds both; the teacher if not given.
+        kind: Program that wrote the file, see ``foreign.SOURCES``; recognised by its names if not given.
 
     Raises:
         CheckpointError: Too little matches, or a shape differs; the report stands in its *where*.
     """
-    targets = {_flat_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    given = _plain_names(state, source)
+    targets = {flat_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    is_backbone = isinstance(model, (VisionTransformer, ConvNeXt))
+    kind = (kind or detect_source(state)) if is_backbone else None
+    given, notes = (plain_names(state, source, role), []) if kind is None else translate(state, kind, role)
     _match_sequences(model, given, sequences)
     resized = _resize_to(model, given)
     mismatched = [
@@ -344,7 +545,9 @@ def load_into(
         for name, target in targets.items()
         if name in given and given[name].shape != target.shape
     ]
-    matched = [name for name, target in targets.items() if name in given and given[name].shape == target.shape]
+    mismatched += _other_periods(given, targets, notes)
+    wrong = {text.partition(":")[0] for text in mismatched}
+    matched = [name for name in targets if name in given and name not in wrong]
     report = LoadReport(
         matched=tuple(matched),
         missing=tuple(name for name in targets if name not in given),
@@ -352,12 +555,19 @@ def load_into(
         mismatched=tuple(mismatched),
         resized=tuple(resized),
         source=source,
+        kind=kind or "",
+        notes=tuple(notes),
     )
-    if (mismatched or report.share < minimum or not matched) and not (force and matched):
+    if _is_short(report, minimum, is_backbone=is_backbone) and not (force and matched):
         raise CheckpointError(
             "The weights do not fit the model; nothing was loaded.",
             where="\n".join(report.lines()),
-            fix=f"choose the architecture that the file was made for; at least {minimum:.0%} of the tensors must match",
+            fix="choose the architecture that the file was made for; "
+            + (
+                "all of a backbone must match"
+                if minimum is None and is_backbone
+                else f"{minimum or 0.95:.0%} must match"
+            ),
             code="weights_mismatch",
         )
     with torch.no_grad():
@@ -368,35 +578,27 @@ def load_into(
     return report
 
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+def _is_short(report: LoadReport, minimum: float | None, *, is_backbone: bool) -> bool:
+    """Whether so little fits that nothing may be loaded."""
+    if report.mismatched or not report.matched:
+        return True
+    if minimum is not None or not is_backbone:
+        return report.share < (0.95 if minimum is None else minimum)
+    lost = [name for name in report.missing if not MAY_BE_MISSING.search(name)]
+    return bool(lost or foreign_parts(report.unexpected))
 
 
-def _flat_name(name: str) -> str:
-    """Name of a block's tensor without its chunk: ``blocks.1.7.norm1.weight`` -> ``blocks.7.norm1.weight``."""
-    return _CHUNKED.sub(r"blocks.\1.", name)
-
-
-def _plain_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The same tensors under the names of a bare backbone or head."""
-    unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    for role in ("teacher.", "student."):
-        chosen = {name.removeprefix(role): t for name, t in unwrapped.items() if name.startswith(role)}
-        if chosen:
-            unwrapped = chosen
-            break
-    plain: dict[str, Tensor] = {}
-    for name, tensor in unwrapped.items():
-        flat = _flat_name(name.removeprefix("backbone."))
-        if flat in plain:
-            raise CheckpointError(
-                "Two tensors of the weight file have the same name.",
-                where=f"{source or 'weights'}: {name} and another are both {flat}",
-                fix="give a file of one network; chunks must number their blocks through",
-                code="weights_ambiguous",
-            )
-        plain[flat] = tensor
-    return plain
+def _other_periods(given: Mapping[str, Tensor], targets: Mapping[str, Tensor], notes: list[str]) -> list[str]:
+    """Rotary periods of the file that are not the model's; a difference of rounding is only noted."""
+    name = "rope_embed.periods"
+    if name not in given or name not in targets or given[name].shape != targets[name].shape:
+        return []
+    theirs, ours = given[name].double().cpu(), targets[name].detach().double().cpu()
+    if not torch.allclose(theirs, ours, rtol=0.01):
+        return [f"{name}: file up to {float(theirs[-1]):.4g}, model up to {float(ours[-1]):.4g}"]
+    if not torch.allclose(theirs, ours, rtol=1e-4):
+        notes.append("the rotary periods of the file are rounded otherwise; see student.pos_embed_rope_dtype")
+    return []
 
 
 def _match_sequences(model: nn.Module, given: dict[str, Tensor], names: Sequence[str] | None) -> None:
@@ -415,7 +617,7 @@ def _match_sequences(model: nn.Module, given: dict[str, Tensor], names: Sequence
 def _resize_to(model: nn.Module, given: dict[str, Tensor]) -> list[str]:
     """Interpolate stored positions to the model's grid; returns what was done."""
     positions = given.get("pos_embed")
-    if not isinstance(model, VisionTransformer) or positions is None or positions.ndim != 3:
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None or positions is None or positions.ndim != 3:
         return []
     have, want = positions.shape[1] - 1, model.pos_embed.shape[1] - 1
     if have == want or have < 1 or math.isqrt(have) ** 2 != have:
@@ -444,7 +646,7 @@ def card_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
-def save_backbone(path: str | Path, model: VisionTransformer, card: Mapping[str, Any]) -> dict[str, Any]:
+def save_backbone(path: str | Path, model: VisionTransformer | ConvNeXt, card: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``X.safetensors`` and its card ``X.json``, each whole or not at all.
 
     Args:
@@ -469,18 +671,20 @@ def save_backbone(path: str | Path, model: VisionTransformer, card: Mapping[str,
         "schema_version": SCHEMA_VERSION,
         "medssl_version": package_version(),
         "kind": "backbone",
+        "family": "vit" if isinstance(model, VisionTransformer) else "convnext",
         "arch": model.settings,
         "sequences": None if model.sequences is None else list(model.sequences),
         "img_size": model.img_size,
         "patch_size": model.patch_size,
         "embed_dim": model.embed_dim,
-        "interpolate_offset": model.interpolate_offset,
-        "interpolate_antialias": model.interpolate_antialias,
         "weights": path.name,
         "sha256": digest,
-        "n_parameters": sum(tensor.numel() for tensor in state.values()),
-        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+    if isinstance(model, VisionTransformer):
+        own["interpolate_offset"] = model.interpolate_offset
+        own["interpolate_antialias"] = model.interpolate_antialias
     taken = sorted(own.keys() & card.keys())
     if taken:
         raise ValueError(f"the card writes {', '.join(taken)} itself")
@@ -514,7 +718,9 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> tuple[VisionTransformer, dict[str, Any]]:
+def load_backbone(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[VisionTransformer | ConvNeXt, dict[str, Any]]:
     """The backbone of a file that ``save_backbone`` wrote, in evaluation mode, and its card.
 
     Raises:
@@ -531,18 +737,37 @@ def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> tuple
             fix="copy both files again; X.safetensors and X.json belong together",
             code="weights_altered",
         )
-    model = _empty_backbone(card["arch"], card_path(path))
+    model = _empty_backbone(card["arch"], str(card.get("family", "vit")), card_path(path))
     _check_complete(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).to(device).eval(), card
 
 
-def _empty_backbone(settings: Mapping[str, Any], card: Path) -> VisionTransformer:
+def _empty_backbone(settings: Mapping[str, Any], family: str, card: Path) -> VisionTransformer | ConvNeXt:
+    networks: dict[str, type[VisionTransformer] | type[ConvNeXt]] = {"vit": VisionTransformer, "convnext": ConvNeXt}
+    if family not in networks:
+        raise _bad_card(card, f"family {family!r}; this program knows {', '.join(networks)}")
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            return VisionTransformer(**settings)
+            return networks[family](**settings)
     except (TypeError, ValueError) as error:
         raise _bad_card(card, f"its arch cannot be built: {error}") from error
+
+
+def card_warnings(card: Mapping[str, Any], modality: str | None) -> list[str]:
+    """What a user should know before showing images of ``modality`` to the backbone of a card.
+
+    Args:
+        card: From ``read_card``.
+        modality: Canonical name of the images, or None if unknown.
+    """
+    trained = card.get("modality")
+    if not trained or not modality or str(trained).lower() == modality.lower():
+        return []
+    return [
+        f"The backbone was made for images of the modality {trained} and is normalised with their statistics; "
+        f"these are {modality}."
+    ]
 
 
 def _check_complete(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

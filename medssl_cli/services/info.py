@@ -17,6 +17,9 @@ from medssl_cli.services.lookup import EXPORT, find_model, run_status
 MAX_HEADER_BYTES = 100_000_000
 """Upper bound of a safetensors header, the format's own."""
 
+CONSTANTS = ("rope_embed.periods", ".bias_mask")
+"""Tensors of a weight file that are no parameters."""
+
 
 @dataclass(frozen=True)
 class Info:
@@ -53,7 +56,8 @@ def _newest() -> Path:
 
 def _facts(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        return _describe_run(path)
+        converted = path / EXPORT.name  # a folder of `medssl convert weights`
+        return _describe_weights(converted) if converted.is_file() else _describe_run(path)
     if path.is_file():
         return _describe_weights(path)
     raise ConfigError(
@@ -112,7 +116,7 @@ def _interrupted(steps: Sequence[str]) -> str:
 def _describe_weights(path: Path) -> dict[str, Any]:
     header = read_safetensors_header(path)
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    count = sum(_size(entry["shape"]) for entry in tensors.values())
+    count = sum(_size(entry["shape"]) for name, entry in tensors.items() if not name.endswith(CONSTANTS))
     facts: dict[str, Any] = {
         "kind": "weights",
         "path": hide_home(str(path)),
@@ -123,7 +127,9 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     }
     card = path.with_suffix(".json")
     if card.is_file():
-        facts["card"] = _read_object(card, "card_invalid")
+        told = _read_object(card, "card_invalid")
+        facts |= {key: told[key] for key in ("family", "source", "modality") if told.get(key) is not None}
+        facts["card"] = told
     return facts
 
 

@@ -61,6 +61,8 @@ def run_status(run: Path) -> str | None:
 
 def _resolve(path: Path, why: str) -> FoundModel:
     if path.is_dir():
+        if (path / EXPORT.name).is_file():  # a folder of `medssl convert weights`
+            return FoundModel(path / EXPORT.name, None, why)
         weights = path / EXPORT
         if not weights.is_file():
             raise CheckpointError(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -121,3 +122,73 @@ def test_align_and_list(tmp_path: Path, write_dicom: Writer) -> None:
     assert not (tmp_path / "out2").exists()
     code, out, _ = medssl("convert", "dicom", "--list-configs")
     assert (code, out.split()[0]) == (0, "default")
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network in DINOv2's names, as a training checkpoint holds it."""
+    import torch
+
+    from medssl_cli.models.vit import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, layerscale=1.0)
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("weights") / "foreign.pth"
+    torch.save({"teacher": {**state, "dino_head.last_layer.weight": torch.zeros(3)}}, path)
+    return path
+
+
+def test_convert_weights_then_info_and_infer(foreign_weights: Path, tmp_path: Path) -> None:
+    from medssl_cli.data.images import write_image
+
+    code, out, err = medssl("convert", "weights", foreign_weights, tmp_path / "w", "--image-size", 64, "modality=mr")
+    assert code == 0, err
+    for word in ("recognised as dinov2 weights", "resized 1: pos_embed: 4 x 4 to 8 x 8", "unexpected 1: dino_head"):
+        assert word in out
+    assert not list((tmp_path / "w").glob(".*tmp*"))
+    code, out, _ = medssl("info", tmp_path / "w", "--json")
+    told = json.loads(out)
+    assert (code, told["source"], told["family"], told["modality"]) == (0, "dinov2", "vit", "mr")
+    assert told["parameters"] == told["card"]["n_parameters"]
+    rng = np.random.default_rng(0)
+    write_image(tmp_path / "a.png", rng.integers(0, 255, (40, 48), dtype=np.uint8))
+    for model in (tmp_path / "w", tmp_path / "w" / "teacher_backbone.safetensors"):
+        code, out, err = medssl("infer", tmp_path / "a.png", "--model", model, "--out", tmp_path / f"out-{model.name}")
+        assert code == 0, err
+    code, out, _ = medssl("convert", "weights", foreign_weights, tmp_path / "w.safetensors", "--json")
+    assert json.loads(out)["card"]["source_file"] == "foreign.pth"
+    assert (tmp_path / "w.safetensors").is_file()
+
+
+def test_infer_with_a_convnext_needs_a_map_without_attention(tmp_path: Path) -> None:
+    import torch
+
+    from medssl_cli.data.images import write_image
+    from medssl_cli.models.convnext import ConvNeXt
+
+    torch.manual_seed(0)
+    torch.save(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)).state_dict(), tmp_path / "c.pth")
+    assert medssl("convert", "weights", tmp_path / "c.pth", tmp_path / "w")[0] == 0
+    write_image(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (70, 100), dtype=np.uint8))
+    infer = ("infer", tmp_path / "a.png", "--model", tmp_path / "w", "--heatmap")
+    code, _, err = medssl(*infer, "--out", tmp_path / "o1")
+    assert (code, "heatmap_method=similarity" in err) == (2, True)
+    code, _, err = medssl(*infer, "--out", tmp_path / "o2", "heatmap_method=similarity")
+    assert code == 0, err
+
+
+def test_w01_r08_faults_of_convert_weights(foreign_weights: Path, tmp_path: Path) -> None:
+    code, _, err = medssl("convert", "weights", tmp_path / "mistyped.pth", tmp_path / "w")
+    assert (code, "No such file" in err) == (7, True)
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    code, _, err = medssl("convert", "weights", tmp_path / "page.pth", tmp_path / "w")
+    assert (code, "it is a web page" in err) == (7, True)
+    code, _, err = medssl("convert", "weights", foreign_weights, tmp_path / "w", "--source", "meddinov3")
+    assert (code, "its names are those of dinov2" in err) == (7, True)
+    code, _, err = medssl("convert", "weights", foreign_weights, tmp_path / "w", "modalty=ct")
+    assert (code, "did you mean modality" in err) == (2, True)
+    assert not (tmp_path / "w").exists()

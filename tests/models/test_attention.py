@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
 
 from medssl_cli.core.errors import ConfigError, ResourceError
 from medssl_cli.models import attention
@@ -139,6 +143,160 @@ def test_no_backend_at_all_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) 
     assert "no kernel image" in caught.value.where
 
 
+# --- trial -----------------------------------------------------------------------------------------------------------
+
+SHAPES = ((2, 96), (4, 24))
+
+
+def slowed(kernel: attention.Kernel, seconds: float) -> attention.Kernel:
+    def slow(q: Tensor, k: Tensor, v: Tensor, groups: attention.Groups) -> Tensor:
+        time.sleep(seconds)
+        return kernel(q, k, v, groups)
+
+    return slow
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    for name, pause in seconds.items():
+        monkeypatch.setitem(attention._KERNELS, name, slowed(attention._KERNELS[name], pause))
+
+
+def test_a_trial_takes_the_fastest_for_the_process_and_moves_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch, sdpa=0.02, plain=0.002)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, repeats=2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (choice.name, choice.reason) == ("plain", "fastest")
+    assert attention.choose_backend(CPU, torch.float32) == "plain"
+    assert attention.choose_backend(CPU, torch.bfloat16) == "sdpa", "another number type was not tried"
+    assert [t.name for t in choice.timings if (t.milliseconds or 0) > 1] == ["sdpa", "plain"]
+    assert choice.line().startswith("attention: plain ")
+    assert choice.line().endswith(" ms -> plain (fastest)")
+
+
+@pytest.mark.parametrize(
+    ("device", "sdpa", "plain", "name"),
+    [
+        ("cuda", 1.02, 1.00, "sdpa"),  # within 3 %: the earlier
+        ("cuda", 1.05, 1.00, "plain"),
+        ("cpu", 10.5, 10.0, "sdpa"),
+        ("cpu", 15.0, 10.0, "plain"),
+        ("cpu", 0.9, 0.3, None),  # too short to tell from noise
+    ],
+)
+def test_ties_keep_the_earlier_kernel(device: str, sdpa: float, plain: float, name: str | None) -> None:
+    timings = [
+        attention.BackendTiming("xformers", None, "not installed"),
+        attention.BackendTiming("sdpa", sdpa, ""),
+        attention.BackendTiming("plain", plain, ""),
+    ]
+    assert attention._fastest(timings, torch.device(device))[0] == name
+
+
+def test_a_short_pass_leaves_the_first_kernel_whatever_an_earlier_trial_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention._chosen[attention._key(CPU, torch.float32)] = "plain"
+    choice = attention.choose_by_trial(CPU, torch.float32, ((1, 4),), 1, 8, repeats=2)
+    assert choice.name == attention.choose_backend(CPU, torch.float32) == "sdpa"
+    assert "too short" in choice.reason
+
+
+def test_r01_the_kernel_of_a_checkpoint_is_taken_without_a_trial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow_down(monkeypatch, plain=0.02)
+    choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, preferred="plain")
+    assert (choice.name, choice.timings) == ("plain", [])
+    assert attention.choose_backend(CPU, torch.float32) == "plain"
+    assert not caplog.records
+    for gone, why in (("sdpa_flash", "half precision on CUDA only"), ("flash9", "no such kernel")):
+        caplog.clear()
+        choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, preferred=gone, repeats=1)
+        assert choice.name == "sdpa"
+        assert why in caplog.records[0].getMessage()
+
+
+def test_a_kernel_asked_for_by_name_is_not_put_to_a_trial() -> None:
+    attention.set_backend("plain")
+    choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, preferred="sdpa")
+    assert (choice.name, choice.reason, choice.line()) == ("plain", "asked for", "attention: plain (asked for)")
+
+
+def test_what_fails_on_the_real_shapes_is_said_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attention._KERNELS["sdpa"]
+
+    def small_only(q: Tensor, k: Tensor, v: Tensor, groups: attention.Groups) -> Tensor:
+        if len(q) > 100:
+            raise torch.OutOfMemoryError("tried to allocate 80.00 GiB")
+        return whole(q, k, v, groups)
+
+    monkeypatch.setitem(attention._KERNELS, "sdpa", small_only)
+    slow_down(monkeypatch, plain=0.002)
+    choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, repeats=1)
+    assert choice.name == "plain"
+    assert "not timed: sdpa: OutOfMemoryError: tried to allocate 80.00 GiB" in choice.line()
+
+
+def test_plain_takes_no_part_where_its_weights_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_free_memory", lambda: 2**30)
+    # 12 layers of 16 * 2 * 769^2 weights, each kept in float32 once and once in bfloat16
+    gib = 12 * 16 * 2 * 769**2 * 6 / 2**30
+    detail = attention._not_timed("plain", CPU, torch.bfloat16, ((2, 769),), 16, 12)
+    assert detail == f"would keep {gib:.1f} GiB of attention weights, 1.0 GiB are free"
+    assert attention._not_timed("sdpa", CPU, torch.bfloat16, ((2, 769),), 16, 12) == ""
+    monkeypatch.setattr(attention, "_free_memory", lambda: 2**40)
+    assert attention._not_timed("plain", CPU, torch.bfloat16, ((2, 769),), 16, 12) == ""
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "expected"),
+    [
+        (((16, 769), (64, 193)), 12, ((2, 769), (8, 193))),
+        (((16, 769), (64, 193)), 1, ((16, 769), (64, 193))),
+        (((7, 769), (28, 193)), 12, ((1, 769), (4, 193))),
+        (((7, 3000), (27, 193)), 12, ((7, 3000), (27, 193))),  # no common divisor: nothing can be left out
+    ],
+)
+def test_a_cpu_is_tried_with_fewer_samples_in_proportion(
+    groups: attention.Groups, heads: int, expected: attention.Groups
+) -> None:
+    assert attention._fewer_samples(groups, heads) == expected
+
+
+def test_the_kernels_of_sdpa_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has a flash kernel for the CPU too; held to a kernel that it lacks there, it says so."""
+    q, k, v = packed()
+    monkeypatch.setattr(attention, "_serves", lambda *_: True)
+    attention.set_backend("sdpa_flash")
+    torch.testing.assert_close(
+        attention.attend(q, k, v, GROUPS).double(), by_definition(q, k, v, GROUPS), atol=1e-5, rtol=0
+    )
+    compiled = torch.compile(lambda a, b, c: attention.attend(a, b, c, GROUPS), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attention.attend(q, k, v, GROUPS))
+    for name in ("sdpa_cudnn", "sdpa_efficient"):
+        with pytest.raises(ResourceError) as caught:
+            attention.set_backend(name)
+        assert "backend for scaled_dot_product_attention" in caught.value.where
+    assert attention._forced == "sdpa_flash"
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_a_compiled_function_keeps_to_the_kernel_that_was_named(kernel: SDPBackend) -> None:
+    operators: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> object:
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    held = attention._one_of_sdpa(kernel)
+    compiled = torch.compile(
+        lambda q, k, v: held(q, k, v, GROUPS), backend=aot_autograd(fw_compiler=note), fullgraph=True
+    )
+    compiled(*(part.requires_grad_() for part in packed())).sum().backward()
+    assert any("flash_attention" in name for name in operators) is (kernel is SDPBackend.FLASH_ATTENTION)
+
+
 # --- xformers, by a written stand-in ---------------------------------------------------------------------------------
 
 STUB_OPS = """
@@ -241,6 +399,12 @@ def test_an_installed_xformers_that_does_not_run_is_said_once(
     assert "xformers 9.9 is installed but does not work" in text
     assert "not built with CUDA support" in text
     assert "nvidia-cuda-runtime-cu12" in text
+    caplog.clear()
+    slow_down(monkeypatch, plain=0.05, sdpa=0.005)  # long enough to be timed
+    with caplog.at_level(logging.WARNING):
+        choice = attention.choose_by_trial(CPU, torch.float32, SHAPES, 2, 16, repeats=1)
+    assert choice.name == "sdpa"
+    assert [record.getMessage() for record in caplog.records] == [text], "a trial says it too"
 
 
 def test_xformers_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,3 +444,15 @@ def test_every_backend_that_says_it_works_agrees_on_a_gpu(dtype: torch.dtype) ->
             out = attention.attend(q, k, v, GROUPS).double().cpu()
             expected = by_definition(q.cpu(), k.cpu(), v.cpu(), GROUPS)
             torch.testing.assert_close(out, expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_on_a_gpu_leaves_plain_out_and_gives_its_memory_back(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = torch.cuda.memory_allocated(device)
+    choice = attention.choose_by_trial(device, dtype, ((4, 769), (16, 193)), 12, 64)
+    assert torch.cuda.memory_allocated(device) - before < 2**20
+    assert "others work" in next(t.detail for t in choice.timings if t.name == "plain")
+    assert attention.choose_backend(torch.device("cuda"), dtype) == choice.name

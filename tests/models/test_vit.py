@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from medssl_cli.core.protocols import Features
 from medssl_cli.models import attention
+from medssl_cli.models.layers import Needed, SampleMask
 from medssl_cli.models.vit import VisionTransformer, resize_positions
 
 NAMES = ("ax_t2wi", "ax_adc", "ax_dwi", "seg")
@@ -115,7 +117,7 @@ def test_features_equal_hugging_face(registers: int, ffn: str) -> None:
         torch.testing.assert_close(found.patches_BND, expected[:, 1 + registers :], atol=1e-5, rtol=0)
 
 
-def test_masked_tokens_and_inner_layers_equal_hugging_face() -> None:
+def test_w22_masked_tokens_and_inner_layers_equal_hugging_face() -> None:
     theirs = hugging_face(0)
     ours = VisionTransformer(embed_dim=48, depth=3, num_heads=3).eval()
     ours.load_state_dict(renamed(theirs.state_dict()), strict=True)
@@ -522,3 +524,96 @@ def test_blocks_compile_in_place_and_keep_their_names() -> None:
         block.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(), expected, atol=1e-6, rtol=0)
     assert list(model.state_dict()) == names
+
+
+# --- needed tokens alone ---------------------------------------------------------------------------------------------
+
+
+def wanted_places(counts: list[tuple[int, int]], seed: int = 0) -> list[Tensor | None]:
+    """Some places of each group, unordered; none of the second."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        None if group == 1 else torch.randperm(samples * tokens, generator=generator)[: samples * tokens // 3]
+        for group, (samples, tokens) in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_register_tokens": 2, "sequences": NAMES[:2], "use_mri_seq_embed": True},
+        {"grad_checkpointing": True, "ffn_layer": "swiglu"},
+        {"block_chunks": 2, "layerscale": 0.0},
+        {"pos_embed_type": "rope", "num_register_tokens": 1, "depth": 1},
+    ],
+    ids=["plain", "sequences", "checkpointing", "chunks", "rope"],
+)
+def test_needed_tokens_equal_the_whole_pass_with_gradients(settings: dict[str, Any], rate: float) -> None:
+    model = small(**{"depth": 3, "drop_path_rate": rate, **settings}).train()
+    channels = len(model.sequences or (0, 0, 0))
+    crops = [images(4, channels, 32, 32), images(6, channels, 16, 16, seed=1), images(3, channels, 24, 16, seed=2)]
+    sequences = len(model.sequences or (0,))
+    counts = [(4, 16 * sequences), (6, 4 * sequences), (3, 6 * sequences)]
+    mask = torch.rand(counts[0], generator=torch.Generator().manual_seed(3)) > 0.5
+    available = torch.tensor([[True, False]] * 6) if sequences == 2 else None
+    given = (crops, [mask, None, None], [None, available, None])
+    wanted = wanted_places(counts)
+    grads = []
+    torch.manual_seed(7)
+    whole = [
+        (out.cls_BD, out.patches_BND.flatten(0, 1)[torch.tensor([], dtype=torch.int64) if w is None else w])
+        for out, w in zip(model.forward_list(*given), wanted, strict=True)
+    ]
+    torch.manual_seed(7)
+    needed = model.forward_needed(*given, wanted)
+    assert torch.rand(1) == (torch.manual_seed(7), model.forward_list(*given), torch.rand(1))[2]  # as many draws
+    for outs in (whole, needed):
+        model.zero_grad()
+        sum(cls.sin().sum() + patches.cos().sum() for cls, patches in outs).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for (cls, patches), (expected_cls, expected_patches) in zip(needed, whole, strict=True):
+        torch.testing.assert_close(cls, expected_cls, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(patches, expected_patches, atol=1e-6, rtol=1e-6)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_needed_tokens_of_one_masked_group_and_in_half_precision() -> None:
+    """A drop drawn sample by sample, and autocast."""
+    model = small(drop_path_rate=0.1, depth=2).train()
+    x_TD, groups = torch.randn(3 * 5, 32), ((3, 5),)
+    drop = SampleMask(torch.tensor([0.0, 1.25, 1.25]).view(-1, 1, 1))
+    places = torch.tensor([0, 5, 10, 7, 3])
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            whole = model.blocks[0](x_TD, groups, (drop, drop))[places]
+            needed = Needed(places, places // 5, places % 5)
+            found = model.blocks[0](x_TD, groups, (drop, drop), None, needed)
+        assert found.dtype == whole.dtype == torch.float32
+        torch.testing.assert_close(found, whole, atol=0.02 if autocast else 1e-6, rtol=0)
+
+
+def test_needed_tokens_never_look_at_a_value() -> None:
+    """A look at a value would stop the queue of a GPU; with tensors that have none it raises."""
+    model = small(drop_path_rate=0.5).train()
+    model(images(1, 3, 16, 16))  # kernels are chosen by running them, tables are made, once
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        crops = [torch.rand(4, 3, 32, 32), torch.rand(8, 3, 16, 16)]
+        index = torch.randperm(9)
+        outs = model.forward_needed(crops, [None, None], [None, None], [index, None])
+        with pytest.raises(DataDependentOutputException):
+            index.max().item()
+    assert [(cls.shape, patches.shape) for cls, patches in outs] == [((4, 32), (9, 32)), ((8, 32), (0, 32))]
+
+
+def test_needed_tokens_go_through_the_call_of_every_block() -> None:
+    """None is gone around: what hangs on a block's call (sharding, compilation) stays in force."""
+    model = small(depth=3)
+    calls: list[int] = []
+    for i, block in enumerate(model.flat_blocks()):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    model.forward_needed([images(2, 3, 32, 32)], [None], [None], [torch.tensor([31, 0])])
+    assert calls == [0, 1, 2]

@@ -23,6 +23,7 @@ from medssl_cli.models.zoo import (
     StudentConfig,
     build_backbone,
     card_path,
+    card_warnings,
     load_backbone,
     load_into,
     read_card,
@@ -91,8 +92,19 @@ def test_defaults_are_the_framework_defaults() -> None:
         "use_mri_seq_embed": False,
         "img_wise_pos_embed": True,
         "num_register_tokens": 0,
+        "n_storage_tokens": None,
         "interpolate_offset": None,
         "interpolate_antialias": None,
+        "pos_embed_type": "learned",
+        "pos_embed_rope_base": 100.0,
+        "pos_embed_rope_dtype": "fp32",
+        "pos_embed_rope_normalize_coords": "separate",
+        "pos_embed_rope_shift_coords": None,
+        "pos_embed_rope_jitter_coords": None,
+        "pos_embed_rope_rescale_coords": None,
+        "mask_k_bias": False,
+        "layernorm_eps": 1e-6,
+        "norm_layer": None,
         "grad_checkpointing": False,
         "embed_dim": None,
         "depth": None,
@@ -126,6 +138,15 @@ def test_every_key_reaches_the_backbone() -> None:
         num_register_tokens=2,
         interpolate_offset=0.1,
         interpolate_antialias=False,
+        pos_embed_type="rope",
+        pos_embed_rope_base=50.0,
+        pos_embed_rope_dtype="bf16",
+        pos_embed_rope_normalize_coords="max",
+        pos_embed_rope_shift_coords=0.1,
+        pos_embed_rope_jitter_coords=1.5,
+        pos_embed_rope_rescale_coords=2.0,
+        mask_k_bias=True,
+        layernorm_eps=1e-5,
         grad_checkpointing=True,
         embed_dim=32,
         depth=4,
@@ -457,3 +478,53 @@ def test_r03_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert "bytes needed" in caught.value.where
     assert same(load_file(path), before)
     load_backbone(path)
+
+
+def test_networks_of_every_family_come_back_from_their_card(tmp_path: Path) -> None:
+    for index, (arch, extra) in enumerate(
+        [("vit_tiny", {"num_heads": 2, "patch_size": 8}), ("meddinov3_vitb16", {"num_heads": 2}), ("convnext_tiny", {})]
+    ):
+        config = StudentConfig(arch=arch, embed_dim=32, depth=4, **extra)
+        model = build_backbone(config, 32, None, stochastic_depth=False).eval()
+        path = tmp_path / f"{index}.safetensors"
+        card = save_backbone(path, model, {})
+        loaded, _ = load_backbone(path)
+        assert type(loaded) is type(model)
+        assert same(loaded.state_dict(), model.state_dict())
+        assert card["family"] == ("convnext" if "convnext" in arch else "vit")
+        assert card["n_parameters"] == sum(p.numel() for p in model.parameters())
+        picture = torch.rand(1, 3, 32, 64)
+        assert torch.equal(loaded(picture).patches_BND, model(picture).patches_BND)
+        loaded.train()(picture).cls_BD.sum().backward()
+
+
+def test_cards_from_before_families_and_rotary_positions_still_load(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", tiny()
+    save_backbone(path, model, {})
+    card = json.loads(card_path(path).read_text())
+    del card["family"]
+    for name in [
+        name for name in card["arch"] if name.startswith("pos_embed_") or name in ("mask_k_bias", "layernorm_eps")
+    ]:
+        del card["arch"][name]
+    card_path(path).write_text(json.dumps(card))
+    loaded, _ = load_backbone(path)
+    assert loaded.settings == model.settings
+    card["family"] = "unet"
+    card_path(path).write_text(json.dumps(card))
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(path)
+    assert "family 'unet'" in caught.value.where
+
+
+def test_w03_a_backbone_of_another_modality_is_told() -> None:
+    assert card_warnings({"modality": "fundus"}, "oct")[0].startswith(
+        "The backbone was made for images of the modality"
+    )
+    for card, modality in (
+        ({"modality": "oct"}, "OCT"),
+        ({}, "oct"),
+        ({"modality": None}, "oct"),
+        ({"modality": "ct"}, None),
+    ):
+        assert card_warnings(card, modality) == []
