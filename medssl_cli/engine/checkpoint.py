@@ -5,6 +5,10 @@
 whole; ``state.json`` lists the files with size and SHA-256. The newest whole checkpoint is the one that counts;
 ``checkpoints/last`` is a link to it for people and other programs. Random states are not kept because every draw is
 a function of seed and step.
+
+Tensors that are cut into pieces over the processes are written by all of them, with PyTorch's distributed checkpoint in
+its safetensors form: ``model/`` and ``optimizer/`` then hold one file of each process, and nothing is pickled there
+either. Both layouts load into whole and into sharded tensors, on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import safetensors
 import safetensors.torch
@@ -27,14 +32,26 @@ from torch import Tensor
 
 from medssl_cli.core.config import changed_keys
 from medssl_cli.core.digest import file_digest
-from medssl_cli.core.errors import CheckpointError, ConfigError
+from medssl_cli.core.errors import CheckpointError, ConfigError, ResourceError
 from medssl_cli.core.run import package_version, plain, publish_folder, say_disk_errors, to_json
+from medssl_cli.engine.distributed import (
+    from_first,
+    gather,
+    is_sharded,
+    local_piece,
+    patient_group,
+    rank,
+    together,
+    world_size,
+)
 from medssl_cli.engine.optim import plain_name
 
 log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 1
+PIECES = {"model": MODEL, "optimizer": OPTIMIZER}
+"""Folder of the pieces, and the file of whole tensors that it stands for."""
+FORMAT, FORMAT_PIECES = 1, 2
 KEEP = 3
 
 
@@ -61,6 +78,8 @@ class Checkpoint:
         telemetry: State of the log's running medians.
         extra: What the caller wanted kept, e.g. digests of data and split, best score.
         versions: Of medssl and torch.
+        shapes: ``model`` and ``optimizer`` -> name -> (dtype, shape) of each whole tensor.
+        pieces: Written by several processes, each its own part of the tensors.
     """
 
     path: Path
@@ -71,14 +90,29 @@ class Checkpoint:
     telemetry: dict[str, Any]
     extra: dict[str, Any]
     versions: dict[str, str]
+    shapes: dict[str, dict[str, tuple[str, list[int]]]] = field(default_factory=dict)
+    pieces: bool = False
 
     def model(self) -> dict[str, Tensor]:
-        """Tensors of the objective by name, on the CPU."""
-        return _read_tensors(self.path / MODEL)
+        """Tensors of the objective by name, whole, on the CPU."""
+        return self._whole("model")
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Optimizer state as ``<parameter>:<quantity>``, on the CPU."""
-        return _read_tensors(self.path / OPTIMIZER)
+        """Optimizer state as ``<parameter>:<quantity>``, whole, on the CPU."""
+        return self._whole("optimizer")
+
+    def _whole(self, part: str) -> dict[str, Tensor]:
+        if not self.pieces:
+            return _read_tensors(self.path / PIECES[part])
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in self.shapes[part].items()
+        }
+        _load_pieces(self.path / part, tensors, alone=True)
+        return tensors
+
+    def load_into(self, part: str, tensors: dict[str, Tensor]) -> None:
+        """Fill whole or sharded tensors in place, each process its own pieces; all processes come here."""
+        _load_pieces(self.path / part if self.pieces else self.path, tensors, alone=world_size() == 1)
 
 
 @dataclass
@@ -107,7 +141,10 @@ class Checkpoints:
         precision: Mapping[str, Any],
         telemetry: Mapping[str, Any],
     ) -> Path:
-        """Write one checkpoint and drop the oldest; see ``save``."""
+        """Write one checkpoint and drop the oldest; see ``save``.
+
+        Whole tensors are written by the process that calls this. For sharded ones all processes come here.
+        """
         facts = {
             "config": self.config,
             "sequence_names": list(self.sequence_names),
@@ -115,7 +152,10 @@ class Checkpoints:
             "telemetry": telemetry,
             "extra": self.extra,
         }
-        return save(self.folder, step, model_tensors(objective), optimizer_tensors(optimizer), facts, keep=self.keep)
+        model, moments = model_tensors(objective), optimizer_tensors(optimizer)
+        if any(is_sharded(tensor) for tensor in model.values()):
+            return _save_pieces(self.folder, step, {"model": model, "optimizer": moments}, facts, self.keep)
+        return save(self.folder, step, model, moments, facts, keep=self.keep)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; leftovers of a killed save are removed first."""
@@ -155,14 +195,22 @@ def save(
     Raises:
         ResourceError: Disk full or not writable; earlier checkpoints are as they were.
     """
-    final = folder / f"step_{step:07d}"
-    temporary = folder / f".tmp-{final.name}"
+    final, temporary = _names(folder, step)
     needed = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
     with say_disk_errors(final, needed):
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         if not _is_whole(final):
             _publish(temporary, final, step, model, optimizer, facts)
+    return _make_last(folder, final, keep)
+
+
+def _names(folder: Path, step: int) -> tuple[Path, Path]:
+    final = folder / f"step_{step:07d}"
+    return final, folder / f".tmp-{final.name}"
+
+
+def _make_last(folder: Path, final: Path, keep: int) -> Path:
     _point_last(folder, final)
     for old in list(_newest_first(folder))[max(1, keep) :]:
         _remove(old)
@@ -232,15 +280,20 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with _as_os_error():
+        safetensors.torch.save_file(_apart(tensors), path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, each with memory of its own: the format knows no shared storage."""
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in sorted(tensors.items()):
         whole = tensor.detach().contiguous()
-        storage = whole.untyped_storage().data_ptr()
-        apart[name] = whole.clone() if storage in seen else whole  # the format knows no shared storage
+        storage = local_piece(whole).untyped_storage().data_ptr()
+        apart[name] = whole.clone() if storage in seen else whole
         seen.add(storage)
-    with _as_os_error():
-        safetensors.torch.save_file(apart, path)
+    return apart
 
 
 @contextmanager
@@ -259,23 +312,23 @@ def _write_state(
     folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     files = {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": file_digest(folder / name),
-            "tensors": {
-                key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in sorted(tensors.items())
-            },
-        }
+        name: {**_describe(folder / name), "tensors": _shapes(tensors)}
         for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer))
     }
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "versions": {"medssl": package_version(), "torch": torch.__version__},
-        **plain(facts),
-        "files": files,
-    }
+    state = {"format": FORMAT, "step": step, **_versions(), **plain(facts), "files": files}
     (folder / STATE).write_text(to_json(state) + "\n", encoding="utf-8")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in sorted(tensors.items())}
+
+
+def _versions() -> dict[str, Any]:
+    return {"versions": {"medssl": package_version(), "torch": torch.__version__}}
 
 
 def _point_last(folder: Path, target: Path) -> None:
@@ -313,6 +366,105 @@ def _clean(folder: Path) -> None:
             leftover.unlink()
 
 
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _save_pieces(
+    folder: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], facts: Mapping[str, Any], keep: int
+) -> Path:
+    """``save`` for sharded tensors: each process writes its pieces, the first one publishes the folder."""
+    final, temporary = _names(folder, step)
+    needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    if from_first(lambda: _begin_pieces(final, temporary, tensors, needed)):
+        for part in PIECES:
+            _write_pieces(temporary / part, tensors[part], final, needed)
+        files: dict[str, Any] = {}
+        for found in gather(together(lambda: _own_files(temporary, final))):
+            files |= found
+        from_first(lambda: _publish_pieces(temporary, final, step, tensors, facts, files))
+    return from_first(lambda: _make_last(folder, final, keep))
+
+
+def _begin_pieces(final: Path, temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], needed: int) -> list[str]:
+    """Make the folders of the pieces; an empty list if this step is there whole."""
+    with say_disk_errors(final, needed):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _clean(final.parent)
+        if _is_whole(final):
+            return []
+        for part in tensors:
+            (temporary / part).mkdir(parents=True)
+    return list(tensors)
+
+
+def _write_pieces(folder: Path, tensors: Mapping[str, Tensor], final: Path, needed: int) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with say_disk_errors(final, needed), _as_os_error():
+        try:
+            dcp.save(_apart(tensors), storage_writer=writer, process_group=patient_group())
+        except CheckpointException as error:  # the same in all processes
+            for fault, _ in error.failures.values():
+                if isinstance(fault, (OSError, safetensors.SafetensorError)):
+                    raise fault from error
+            raise
+
+
+def _own_files(temporary: Path, final: Path) -> dict[str, Any]:
+    """Size and digest of the files that this process wrote, flushed to the disk."""
+    with say_disk_errors(final):
+        own = sorted(temporary.glob(f"*/shard-{rank() + 1:05d}-*.safetensors"))
+        for path in own:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        return {path.relative_to(temporary).as_posix(): _describe(path) for path in own}
+
+
+def _publish_pieces(
+    temporary: Path,
+    final: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+    files: Mapping[str, Any],
+) -> None:
+    missing = [name for name, facts_ in files.items() if _size(temporary / name) != facts_["bytes"]]
+    if missing:
+        raise ResourceError(
+            "The processes of this run do not write to one folder.",
+            where=f"{final}: {missing[0]} was written by another process and is not here",
+            fix="put --out on a disk that all machines share",
+            code="out_not_shared",
+        )
+    state = {"format": FORMAT_PIECES, "step": step, **_versions(), **plain(facts), "files": files}
+    state["tensors"] = {part: _shapes(found) for part, found in tensors.items()}
+    with say_disk_errors(final):
+        (temporary / STATE).write_text(to_json(state) + "\n", encoding="utf-8")
+        _remove(final)
+        publish_folder(temporary, final)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _load_pieces(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+    """Fill tensors in place from the files of a folder, whatever pieces these hold."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            group = None if alone else patient_group()
+            dcp.load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=alone, process_group=group)
+    except (OSError, safetensors.SafetensorError, CheckpointException) as error:
+        raise _damaged(folder, str(error).splitlines()[0]) from error
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -344,8 +496,8 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: A file is missing, cut short, altered or of another kind.
     """
     state = _read_state(path / STATE)
-    for name in (MODEL, OPTIMIZER):
-        _check_file(path / name, state["files"][name])
+    for name, expected in state["files"].items():
+        _check_file(path / name, expected)
     return Checkpoint(
         path=path,
         step=state["step"],
@@ -355,6 +507,8 @@ def read(path: Path) -> Checkpoint:
         telemetry=state["telemetry"],
         extra=state["extra"],
         versions=state["versions"],
+        shapes=state["tensors"],
+        pieces=state["format"] == FORMAT_PIECES,
     )
 
 
@@ -374,11 +528,21 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise _damaged(path, str(reason)) from error
-    if not isinstance(state, dict) or not keys <= state.keys() or set(state["files"]) != {MODEL, OPTIMIZER}:
+    if not isinstance(state, dict) or not keys <= state.keys():
         raise _damaged(path, "it does not describe a checkpoint")
-    if state["format"] != FORMAT:
-        raise _damaged(path, f"format {state['format']}, this version reads {FORMAT}")
+    if state["format"] == FORMAT and set(state["files"]) == {MODEL, OPTIMIZER}:
+        state["tensors"] = {part: state["files"][name].get("tensors", {}) for part, name in PIECES.items()}
+        return state
+    if state["format"] not in (FORMAT, FORMAT_PIECES):
+        raise _damaged(path, f"format {state['format']}, this version reads {FORMAT} and {FORMAT_PIECES}")
+    if state["format"] == FORMAT or "tensors" not in state or not _are_pieces(state["files"]):
+        raise _damaged(path, "it does not describe a checkpoint")
     return state
+
+
+def _are_pieces(names: Collection[str]) -> bool:
+    """Whether a list of files, which may come from anywhere, names pieces inside its folder alone."""
+    return all(re.fullmatch(rf"({'|'.join(PIECES)})/shard-[\w-]+\.safetensors", name) for name in names)
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
@@ -448,14 +612,45 @@ def restore(
             fix="give the sequences in the checkpoint's order",
             code="checkpoint_sequences",
         )
-    saved = checkpoint.model()
     own = objective.state_dict()
+    if any(is_sharded(tensor) for tensor in own.values()):
+        return _restore_pieces(checkpoint, own, optimizer)
+    saved = checkpoint.model()
     _check_tensors(checkpoint.path / MODEL, saved, {plain_name(name): tensor for name, tensor in own.items()})
     state = None if optimizer is None else _optimizer_state(checkpoint, optimizer)
     objective.load_state_dict({name: saved[plain_name(name)] for name in own})
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state)
     return checkpoint.step
+
+
+def _restore_pieces(checkpoint: Checkpoint, own: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> int:
+    """``restore`` into sharded tensors: everything is compared by name and shape first, then read piece by piece."""
+    model = {plain_name(name): tensor for name, tensor in own.items()}
+    _check_tensors(checkpoint.path / MODEL, _empty(checkpoint, "model"), model)
+    state = None if optimizer is None else _optimizer_state(checkpoint, optimizer, _pieces_of_state)
+    checkpoint.load_into("model", model)
+    if optimizer is not None and state is not None:
+        optimizer.load_state_dict(state)
+    return checkpoint.step
+
+
+def _empty(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Tensors of the right shape that hold nothing."""
+    shapes = checkpoint.shapes[part].items()
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, (dtype, shape) in shapes}
+
+
+def _pieces_of_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by name, sharded like the parameters that it belongs to."""
+    parameters = dict(_named_parameters(optimizer))
+    tensors: dict[str, Tensor] = {}
+    for key, empty in _empty(checkpoint, "optimizer").items():
+        parameter = parameters.get(key.rpartition(":")[0])
+        fits = parameter is not None and parameter.shape == empty.shape
+        tensors[key] = torch.zeros_like(cast(Tensor, parameter)) if fits else torch.zeros_like(empty, device="cpu")
+    checkpoint.load_into("optimizer", tensors)
+    return tensors
 
 
 def _check_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -480,10 +675,14 @@ def _mismatch(path: Path, faults: list[str], matched: int) -> CheckpointError:
     )
 
 
-def _optimizer_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_state(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer,
+    read_state: Callable[[Checkpoint, torch.optim.Optimizer], dict[str, Tensor]] = lambda saved, _: saved.optimizer(),
+) -> dict[str, Any]:
     """The saved tensors in the form of ``Optimizer.load_state_dict``, which puts them onto the right device."""
     by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint.optimizer().items():
+    for key, tensor in read_state(checkpoint, optimizer).items():
         name, _, quantity = key.rpartition(":")
         by_name.setdefault(name, {})[quantity] = tensor.clone()  # no longer backed by the file, which will be pruned
     parameters = dict(_named_parameters(optimizer))

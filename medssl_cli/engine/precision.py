@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medssl_cli.core.config import Config
+from medssl_cli.engine.distributed import NetworkShardingConfig
 
 PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +26,12 @@ class ComputePrecisionConfig(Config):
 
     precision: PrecisionName = "fp32"
     """fp32, tf32 (matrices with 10 bits of mantissa), bf16 or fp16 under autocast; fp16 scales the loss."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: ddp keeps whole copies; fsdp cuts student and teacher into pieces, as these sections say."""
+    student: NetworkShardingConfig = NetworkShardingConfig()
+    """With fsdp: the student's modules."""
+    teacher: NetworkShardingConfig = NetworkShardingConfig()
+    """With fsdp: the teacher's modules."""
 
 
 class Precision:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medssl_cli.core.run import plain, say_disk_errors, write_json, write_text
+from medssl_cli.engine.health import HealthConfig, HealthMonitor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,13 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WINDOW = 20
-HEALTH_ALARMS = {
-    "teacher_entropy": (0.1, "the teacher gives every image the same few prototypes"),
-    "effective_rank": (2.0, "all images have nearly the same features"),
-}
-"""Figure -> (alarm below, meaning); thresholds of collapse."""
-HEALTH_GRACE_STEPS = 200
-"""A fresh network gives every image nearly the same features: no alarm before this step."""
+HEALTH_FIGURES = ("teacher_entropy", "effective_rank")
+"""Figures of health on the console line."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,7 @@ class Telemetry:
         log_every: Steps between lines; the first and the last step always have one.
         console: Logger for the human line; this module's if None.
         tensorboard: Write TensorBoard events too.
+        monitor: Raises alarms over the lines; one with its usual thresholds if None.
     """
 
     def __init__(
@@ -91,6 +88,7 @@ class Telemetry:
         log_every: int = 10,
         console: logging.Logger | None = None,
         tensorboard: bool = True,
+        monitor: HealthMonitor | None = None,
     ) -> None:
         self.out, self.total_steps, self.device, self.log_every = out, total_steps, device, log_every
         self._lines = out / "training_metrics.jsonl"
@@ -99,7 +97,7 @@ class Telemetry:
         self._writer: SummaryWriter | None = None
         self._windows: dict[str, deque[float]] = {}
         self._times: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("iter_time", "data_time")}
-        self._alarmed: set[str] = set()
+        self.monitor = monitor or HealthMonitor(HealthConfig())
 
     # --- life of a run ---
 
@@ -111,6 +109,7 @@ class Telemetry:
             state: What ``state_dict`` gave when the checkpoint of this step was saved.
         """
         windows = (state or {}).get("windows", {})
+        self.monitor.load_state_dict((state or {}).get("monitor", {}))
         self._windows = {name: deque(values, maxlen=WINDOW) for name, values in windows.items()}
         kept = [line for line in read_metrics(self._lines) if line["iteration"] <= step]
         if self._lines.exists():
@@ -154,7 +153,8 @@ class Telemetry:
 
     def state_dict(self) -> dict[str, Any]:
         """Values behind the running medians, as plain data."""
-        return {"windows": {name: list(values) for name, values in self._windows.items()}}
+        windows = {name: list(values) for name, values in self._windows.items()}
+        return {"windows": windows, "monitor": self.monitor.state_dict()}
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -200,15 +200,10 @@ class Telemetry:
                     self._writer.add_scalar(_tag(name), value, line["iteration"])
 
     def _check_health(self, line: Mapping[str, Any]) -> None:
-        if line["iteration"] < HEALTH_GRACE_STEPS:
-            return
-        for name, (threshold, meaning) in HEALTH_ALARMS.items():
-            value = line.get(name)
-            if value is not None and value < threshold and name not in self._alarmed:
-                self._alarmed.add(name)
-                self._console.warning(
-                    "Collapse? %s is %.3g at step %d, below %g: %s.", name, value, line["iteration"], threshold, meaning
-                )
+        alarms = self.monitor.check(line["iteration"], line)
+        for alarm in alarms:
+            self._console.warning("%s", alarm)
+        self.monitor.refuse(alarms, "the checkpoints before this step are intact")
 
 
 def console_line(line: Mapping[str, Any], total_steps: int) -> str:
@@ -226,7 +221,7 @@ def console_line(line: Mapping[str, Any], total_steps: int) -> str:
         f"wd {line['wd']:.3g}",
         "grad_norm " + " ".join(f"{name} {_show(value)}" for name, value in norms.items()),
         *(f"{name} {_show(value)}" for name, value in losses.items()),
-        *(f"{name} {_show(line[name])}" for name in HEALTH_ALARMS if name in line),
+        *(f"{name} {_show(line[name])}" for name in HEALTH_FIGURES if name in line),
     ]
     return "  ".join(parts)
 
@@ -264,7 +259,7 @@ def _tag(name: str) -> str:
         return f"grad_norm/{name.removeprefix('grad_norm_')}"
     folders: dict[str, Iterable[str]] = {
         "schedule": ("lr", "wd", "mom", "teacher_temp", "last_layer_lr", "backbone_frozen"),
-        "health": HEALTH_ALARMS,
+        "health": HEALTH_FIGURES,
     }
     return next((f"{folder}/{name}" for folder, names in folders.items() if name in names), f"speed/{name}")
 

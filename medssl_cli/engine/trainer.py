@@ -3,7 +3,8 @@
 A step is one optimizer update. All that is random in it is seeded by (run, step, micro-batch, process), and the
 loader starts at the sample position of a step, so the state of a run is its tensors and its step number. Nothing
 non-finite reaches the parameters: losses, gradient norms and input images are checked together, with one copy to the
-host a step, before the update.
+host a step, before the update. Several processes exchange one small tensor a step, which carries the means of the
+losses, whether any of them met such a value, and whether any of them was asked to stop.
 """
 
 from __future__ import annotations
@@ -16,18 +17,38 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from medssl_cli.core.errors import Interrupted, NonFiniteError, ResourceError
 from medssl_cli.core.protocols import Batch, Objective, SliceBatch
 from medssl_cli.core.run import seed_for
 from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, Stateful, restore
-from medssl_cli.engine.optim import BACKBONE, apply_schedule, clip_gradients, first_bad_gradient, set_frozen
+from medssl_cli.engine.distributed import (
+    Alone,
+    Parallel,
+    Sharded,
+    barrier,
+    from_first,
+    gather,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from medssl_cli.engine.memory import first_samples, is_out_of_memory, out_of_memory_error
+from medssl_cli.engine.optim import (
+    BACKBONE,
+    ClipMode,
+    apply_schedule,
+    clip_gradients,
+    first_bad_gradient,
+    set_frozen,
+)
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.telemetry import StepRecord, Telemetry, peak_memory_gib
 
@@ -78,12 +99,17 @@ class Trainer:
         device: Where to compute.
         precision: Number format.
         accumulation: Micro-batches of one update; losses are averaged over them.
-        clip_grad: Largest gradient norm of each sub-module; 0 for none.
+        clip_grad: Largest gradient norm, of what ``clip_mode`` says; 0 for none.
+        clip_mode: Clip each sub-module or each tensor by its own norm.
         seed: Of the run.
-        checkpoints: Where to save; None writes nothing. Only the first process writes.
+        checkpoints: Where to save; None writes nothing. Of whole tensors only the first process writes, of sharded ones
+            each its pieces.
         checkpoint_every: Steps between checkpoints; 0 saves at the end only.
+        evaluate_every: Steps between evaluations, each of which has a checkpoint too; 0 for none.
         telemetry: Log; None writes nothing.
-        on_checkpoint: Called with the step after each checkpoint, e.g. to evaluate the teacher.
+        on_checkpoint: Called with the step after each checkpoint, e.g. to evaluate the teacher; in every process, and
+            all wait until the slowest has returned.
+        parallel: How the gradients of several processes become one; None for a process that trains alone.
     """
 
     objective: TrainableObjective
@@ -96,13 +122,19 @@ class Trainer:
     precision: Precision
     accumulation: int = 1
     clip_grad: float = 3.0
+    clip_mode: ClipMode = "module"
     seed: int = 0
     checkpoints: Checkpoints | None = None
     checkpoint_every: int = 0
+    evaluate_every: int = 0
     telemetry: Telemetry | None = None
     on_checkpoint: Callable[[int], None] | None = None
+    parallel: Parallel | None = None
     steps_done: int = field(default=0, init=False)
     _telemetry_state: dict[str, Any] = field(default_factory=dict, init=False)
+    _slices: SliceBatch | None = field(default=None, init=False)
+    _stop: StopSignal | None = field(default=None, init=False)
+    _stop_agreed: bool = field(default=False, init=False)
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Take up the run where the checkpoint left it; gives the steps done."""
@@ -124,8 +156,8 @@ class Trainer:
             self.telemetry.start(self.steps_done, self._telemetry_state)
         try:
             with StopSignal() as stop, self._say_out_of_memory():
-                if self.steps_done and self._is_due() and self.on_checkpoint is not None:
-                    self.on_checkpoint(self.steps_done)  # a kill may have come between the save and this call
+                if self.steps_done and self._is_due():
+                    self._tell_checkpoint()  # a kill may have come between the save and this call
                 return self._loop(self.total_steps, stop)
         finally:
             if self.telemetry is not None:
@@ -153,7 +185,7 @@ class Trainer:
             images += len(slices.images_BSHW)
             self._forward_backward(slices, micro, values, evidence)
         self.precision.unscale(self.optimizer)
-        evidence.norms = clip_gradients(modules, self.clip_grad)
+        evidence.norms = clip_gradients(modules, self.clip_grad, mode=self.clip_mode)
         updated = self._update(evidence, modules, values)
         self.steps_done += 1
         return StepRecord(
@@ -161,7 +193,7 @@ class Trainer:
             values=values,
             losses=evidence.mean_losses(),
             gradient_norms=evidence.norm_values(),
-            images=images * _process_count(),
+            images=images * world_size(),
             seconds=time.perf_counter() - started,
             data_seconds=waited,
             loss_scale_skipped=not updated,
@@ -173,6 +205,7 @@ class Trainer:
         slices = next(source, None)
         if slices is None:
             raise ValueError(f"the batches ended in step {self.steps_done + 1} of {self.total_steps}")
+        self._slices = slices
         return slices
 
     def _prepare(self, modules: Mapping[str, nn.Module], values: Mapping[str, float]) -> None:
@@ -184,22 +217,24 @@ class Trainer:
     def _forward_backward(
         self, slices: SliceBatch, micro: int, values: Mapping[str, float], evidence: _Evidence
     ) -> None:
-        torch.manual_seed(seed_for(self.seed, "step", self.steps_done, micro, _process_index()))
+        torch.manual_seed(seed_for(self.seed, "step", self.steps_done, micro, rank()))
         slices = slices.to(self.device)
         batch = self.views(slices, self.steps_done, micro)
-        with self.precision.autocast():
-            losses = self.objective.losses(batch, values)
-        evidence.add(losses, _finite_samples(slices, batch), slices.case_ids)
-        self.precision.backward(torch.stack(list(losses.values())).sum() / self.accumulation)
+        parallel = self.parallel or Alone(self.objective)
+        with parallel.synchronising(last=micro == self.accumulation - 1):
+            with self.precision.autocast():
+                losses = parallel.losses(batch, values)
+            evidence.add(losses, _finite_samples(slices, batch), slices.case_ids)
+            self.precision.backward(torch.stack(list(losses.values())).sum() / self.accumulation)
 
     def _update(self, evidence: _Evidence, modules: Mapping[str, nn.Module], values: Mapping[str, float]) -> bool:
         """Apply the gradients if all is finite; False if fp16 overflowed and the step was skipped."""
-        fault = evidence.fault()
+        fault = evidence.fault(self._told())
+        self._stop_agreed = evidence.stop_asked
         overflow = fault == "gradient" and self.precision.scales_loss
         overflow = overflow and self.precision.skipped_in_a_row < self.precision.overflow_limit - 1
-        refused = fault is not None and not overflow
-        if _any_process(refused, self.device):
-            raise evidence.error(modules, self._last_good()) if refused else _elsewhere(evidence.step)
+        if fault is not None and not overflow:
+            raise self._refusal(fault, evidence, modules)
         if overflow:
             self.precision.skip()
         else:
@@ -207,12 +242,28 @@ class Trainer:
         self.objective.after_step(values)  # also without an update, as in DINOv2: the batch must not count in the next
         return not overflow
 
+    def _refusal(self, fault: str, evidence: _Evidence, modules: Mapping[str, nn.Module]) -> NonFiniteError:
+        """The fault in words, in every process: one that met none tells what another one met."""
+        if fault == "gradient":  # the same in all, so that any of their images may be the cause
+            evidence.gather_cases()
+        own = None if fault == "elsewhere" else evidence.error(modules, self._last_good())
+        known = [found for found in gather(own) if found is not None]
+        if fault == "gradient":  # a process that holds another piece of the parameter cannot name it
+            return min(known, key=lambda found: _NO_PARAMETER in found.what)
+        if own is not None:
+            return own
+        order = ("non_finite_image", "non_finite_loss")
+        found = min(known, key=lambda found: order.index(found.code))
+        what = f"Another process met a non-finite value in step {evidence.step}: {found.what}"
+        return NonFiniteError(what, where=found.where, fix=found.fix, code=found.code)
+
     # --- around the steps ---
 
     def _loop(self, last_step: int, stop: StopSignal | None) -> FitResult:
         started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self._stop, self._stop_agreed = stop, False
         seconds: list[float] = []
         last: StepRecord | None = None
         source = self.batches(self.steps_done)
@@ -223,13 +274,13 @@ class Trainer:
                 seconds.append(record.seconds)
                 if self.telemetry is not None:
                     self.telemetry.record(record, self.objective.health)
-            stopping = stop is not None and _any_process(stop.received is not None, self.device)
+            stopping = self._told() if world_size() == 1 else self._stop_agreed
             if self._is_due() or stopping:
                 self._save()
             if stopping and self.steps_done < last_step:
                 raise self._interrupted("" if stop is None else stop.received)
-            if self._is_due() and self.on_checkpoint is not None:
-                self.on_checkpoint(self.steps_done)
+            if self._is_due():
+                self._tell_checkpoint()
         return FitResult(
             steps=self.steps_done,
             last_losses={} if last is None else dict(last.losses),
@@ -243,24 +294,34 @@ class Trainer:
         try:
             return self.step(source)
         except ResourceError as error:
-            told = stop is not None and stop.received is not None and _process_count() == 1
-            if told and error.code.startswith("loader_"):
+            if self._told() and world_size() == 1 and error.code.startswith("loader_"):
                 return None
             raise
 
+    def _told(self) -> bool:
+        return self._stop is not None and self._stop.received is not None
+
+    def _tell_checkpoint(self) -> None:
+        if self.on_checkpoint is not None:
+            self.on_checkpoint(self.steps_done)
+        barrier()
+
     def _is_due(self) -> bool:
-        every = self.checkpoint_every
-        return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
+        periods = (self.checkpoint_every, self.evaluate_every)
+        return self.steps_done == self.total_steps or any(every and self.steps_done % every == 0 for every in periods)
 
     def _save(self) -> None:
         lines = {} if self.telemetry is None else self.telemetry.checkpoint()
-        if self.checkpoints is not None and _process_index() == 0:
-            path = self.checkpoints.save(
-                self.steps_done, self.objective, self.optimizer, self.precision.state_dict(), lines
-            )
+
+        def write() -> Path | None:
+            if self.checkpoints is None:
+                return None
+            state = self.precision.state_dict()
+            return self.checkpoints.save(self.steps_done, self.objective, self.optimizer, state, lines)
+
+        path = write() if isinstance(self.parallel, Sharded) else from_first(write)
+        if path is not None:
             log.info("Saved %s", path)
-        if _process_count() > 1:
-            torch.distributed.barrier()
 
     def _interrupted(self, name: str | None) -> Interrupted:
         saved = "the state is saved" if self.checkpoints is not None else "this run saves nothing"
@@ -277,19 +338,40 @@ class Trainer:
 
     @contextmanager
     def _say_out_of_memory(self) -> Iterator[None]:
-        """Say in three lines that the device ran out of memory."""
+        """Say that memory ran out, and which batch would fit."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                "The device has not enough memory.",
-                where=f"{self.device}, step {self.steps_done + 1}: {str(error).splitlines()[0]}",
-                fix="halve train.batch_size_per_gpu (and accumulate), take a smaller backbone, or precision bf16",
-                code="out_of_memory",
-            ) from error
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: BaseException) -> ResourceError:
+        """The error with advice from steps with fewer samples; of several processes none can probe by itself."""
+        slices, parameters = self._slices, 0
+        if self.optimizer.state == {}:  # a first step has no moments yet
+            parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        probe = None
+        if slices is not None and world_size() == 1:
+
+            def probe(samples: int) -> None:
+                self.step(repeat(first_samples(slices, samples)))
+
+        return out_of_memory_error(
+            error,
+            self.device,
+            step=self.steps_done + 1,
+            batch=0 if slices is None else len(slices.images_BSHW),
+            accumulation=self.accumulation,
+            probe=probe,
+            extra_bytes=8 * parameters,
+        )
 
 
 # --- non-finite values -----------------------------------------------------------------------------------------------
+
+
+_NO_PARAMETER = "none by itself, only their norm"
 
 
 class _Evidence:
@@ -302,6 +384,7 @@ class _Evidence:
         self._finite: list[Tensor] = []
         self._cases: list[list[str]] = []
         self._numbers: list[float] = []
+        self._shared: list[float] = []
 
     def add(self, losses: Mapping[str, Tensor], finite_B: Tensor, case_ids: Sequence[str]) -> None:
         """Take note of one micro-batch."""
@@ -309,21 +392,46 @@ class _Evidence:
         self._finite.append(finite_B)
         self._cases.append(list(case_ids) or [f"sample {i}" for i in range(len(finite_B))])
 
-    def fault(self) -> str | None:
-        """``image``, ``loss``, ``gradient`` or None; the one wait for the device."""
-        losses = [value for terms in self._losses for value in terms.values()]
-        scalars = torch.stack([value.float() for value in (*losses, *self.norms.values())])
-        self._numbers = torch.cat([scalars, *(flags.float() for flags in self._finite)]).tolist()
+    def fault(self, stop_here: bool = False) -> str | None:
+        """``image``, ``loss``, ``elsewhere`` (one of these in another process), ``gradient`` or None.
+
+        The one wait for the device, and for the other processes.
+
+        Args:
+            stop_here: This process was asked to stop; ``stop_asked`` is then true in all of them.
+        """
+        losses_T = torch.stack([value.float() for terms in self._losses for value in terms.values()])
+        flags = [finite_B.float() for finite_B in self._finite]
+        own = torch.cat([losses_T, *(norm.float()[None] for norm in self.norms.values()), *flags])
+        if world_size() == 1:
+            self._numbers, self._shared = own.tolist(), [0.0, float(stop_here)]
+        else:
+            bad = 1.0 - torch.cat([losses_T.isfinite().float(), *flags]).amin()
+            stop = torch.full_like(bad, float(stop_here))
+            together = sum_over_processes(torch.cat([torch.stack([bad, stop]), losses_T]))
+            numbers = torch.cat([own, together]).tolist()
+            self._numbers, self._shared = numbers[: len(own)], numbers[len(own) :]
         if self._bad_cases():
             return "image"
         if self._bad_term():
             return "loss"
+        if self._shared[0]:
+            return "elsewhere"
         return "gradient" if self._bad_modules() else None
 
+    @property
+    def stop_asked(self) -> bool:
+        """Any process was asked to stop."""
+        return bool(self._shared[1])
+
+    def gather_cases(self) -> None:
+        """Count the cases of all processes as those of this one."""
+        self._cases = [case for each in gather(self._cases) for case in each]
+
     def mean_losses(self) -> dict[str, float]:
-        """Each term, averaged over the micro-batches."""
+        """Each term, averaged over the micro-batches and the processes."""
         totals: dict[str, float] = {}
-        for _, name, value in self._terms():
+        for _, name, value in self._terms(everywhere=True):
             totals[name] = totals.get(name, 0.0) + value / self.micro_batches
         return totals
 
@@ -344,7 +452,7 @@ class _Evidence:
             cases = [self._cases[micro]]
         else:
             name, code = bad_modules[0], "non_finite_gradient"
-            parameter = first_bad_gradient(modules[name]) or "none by itself, only their norm"
+            parameter = first_bad_gradient(modules[name]) or _NO_PARAMETER
             what = f"The gradient of {name} became non-finite in step {self.step}; first parameter: {parameter}."
         where = [f"step {self.step}; cases: {', '.join(case for micro in cases for case in micro)}"]
         where += [f"cases whose own image is not finite: {', '.join(bad_cases)}"] if bad_cases else []
@@ -357,8 +465,10 @@ class _Evidence:
             code=code,
         )
 
-    def _terms(self) -> Iterator[tuple[int, str, float]]:
-        numbers = iter(self._numbers)
+    def _terms(self, *, everywhere: bool = False) -> Iterator[tuple[int, str, float]]:
+        """(micro-batch, name, value) of this process, or the mean over all."""
+        shared = everywhere and world_size() > 1
+        numbers = iter([value / world_size() for value in self._shared[2:]] if shared else self._numbers)
         for micro, terms in enumerate(self._losses):
             for name in terms:
                 yield micro, name, next(numbers)
@@ -382,15 +492,6 @@ def _finite_samples(slices: SliceBatch, batch: Batch) -> Tensor:
         if crops is not None:
             finite_B = finite_B & crops.isfinite().flatten(1).all(1).view(-1, len(finite_B)).all(0)
     return finite_B
-
-
-def _elsewhere(step: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"Another process met a non-finite value in step {step}.",
-        where="its own message names the term and the cases",
-        fix="see the message of that process",
-        code="non_finite_elsewhere",
-    )
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
@@ -425,30 +526,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         log.info("%s: saving after this step.", self.received)
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def _process_count() -> int:
-    return torch.distributed.get_world_size() if _has_peers() else 1
-
-
-def _process_index() -> int:
-    return torch.distributed.get_rank() if _has_peers() else 0
-
-
-def _has_peers() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _any_process(here: bool, device: torch.device) -> bool:
-    """True if it is true in any process, so that all stop at the same step."""
-    if _process_count() == 1:
-        return here
-    flag = torch.tensor([float(here)], device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 def _median_after_first(seconds: Sequence[float]) -> float:

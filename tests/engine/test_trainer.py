@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -348,8 +349,26 @@ def test_out_of_memory_gives_the_documented_advice() -> None:
 
     with pytest.raises(ResourceError, match="not enough memory") as caught:
         trainer(None, views=full).fit()
-    assert caught.value.where == "cpu, step 1: CUDA out of memory. Tried to allocate 2 GiB"
+    assert caught.value.where.startswith("cpu, step 1, 4 samples, peak ")
+    assert caught.value.where.endswith(": CUDA out of memory. Tried to allocate 2 GiB")
     assert "batch_size_per_gpu" in caught.value.fix
+
+
+def test_out_of_memory_names_the_batch_that_would_fit() -> None:
+    """As if three samples of 64 MiB each were all that fits."""
+    held: list[Tensor] = []
+
+    def hungry(batch: SliceBatch, step: int, micro: int) -> Batch:
+        held.clear()
+        if len(batch.images_BSHW) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        held.append(torch.ones(len(batch.images_BSHW), 2**24))
+        return views(batch, step, micro)
+
+    with pytest.raises(ResourceError) as caught:
+        trainer(None, views=hungry).fit()
+    assert caught.value.exit_code == 6
+    assert re.search(r"train.batch_size_per_gpu=[12] train.grad_accumulation=[24] would take", caught.value.fix)
 
 
 def test_batches_that_end_are_a_bug_of_ours() -> None:
