@@ -18,13 +18,34 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; a run that is there is resumed. [default: runs/NAME OF CONFIG]")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes, one a GPU.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, one a GPU; with --device cpu, as many.")
+    ] = 1,
+    submit: Annotated[
+        str | None, typer.Option(help="slurm: queue this as a job that saves and queues itself again in time.")
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="With --submit: machines of the job, --gpus processes on each.")
+    ] = 1,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With --submit: an option of sbatch, e.g. partition=gpu; repeatable."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts afresh.")] = True,
     init: Annotated[Path | None, typer.Option(help="Weights for the student's backbone; training starts at 0.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Of a weight file that holds both: teacher or student. [default: teacher]")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="visionfm: the temperatures of the published run, which fall instead of rising.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16.")] = None,
     attention: Annotated[
-        str | None, typer.Option(help="xformers, sdpa or plain; default: the fastest that works.")
+        str | None,
+        typer.Option(
+            help="xformers, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, varlen or plain; default: a timed trial."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Fixes Python, NumPy and torch.")] = None,
     workers: Annotated[
@@ -67,6 +88,8 @@ def run(
         gpus=gpus,
         resume=resume,
         init=init,
+        init_from=init_from,
+        preset=preset,
         device=device,
         precision=precision,
         attention=attention,
@@ -78,9 +101,13 @@ def run(
         smoke=smoke,
         allowed_changes=tuple(allow_config_change or ()),
         overwrite=overwrite,
+        submit=submit,
+        nodes=nodes,
+        slurm=tuple(slurm or ()),
     )
     with progress_bar("preparing") as progress:
         result = pretrain(request, progress=progress, say=lambda line: typer.echo(line, err=json))
-    typer.echo(result.to_json() if json else result.summary())
+    if result.facts:  # of several processes the first one speaks
+        typer.echo(result.to_json() if json else result.summary())
     if result.error is not None:
         raise result.error

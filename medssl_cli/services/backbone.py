@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medssl_cli.core.case import Case
-from medssl_cli.core.errors import CheckpointError, DataError, NonFiniteError, ResourceError
+from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ResourceError
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.volume import AXIAL, affine_spacing
 from medssl_cli.data.images import is_image
@@ -32,6 +32,7 @@ from medssl_cli.data.preprocess import (
     sequence_limits,
 )
 from medssl_cli.data.views import normalize
+from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.rollout import features_and_rollout
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import load_backbone
@@ -56,16 +57,20 @@ class Backbone:
         mean, std: One number, or one a channel.
         spatial_size: Side of the training window: smaller slices were enlarged to it.
         device: Where it computes.
+        windows_hu: (name, low, high) of the windows that make the channels of a picture from a CT volume.
+        slices: Plain pictures in training were slices of volumes.
     """
 
     found: FoundModel
-    model: VisionTransformer
+    model: VisionTransformer | ConvNeXt
     card: dict[str, Any]
     preprocess: PreprocessConfig
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
     spatial_size: int
     device: torch.device
+    windows_hu: tuple[tuple[str, float, float], ...] = ()
+    slices: bool = False
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ class Backbone:
         """
         smallest = min(spacing)
         height, width = (n * mm / smallest for n, mm in zip(size, spacing, strict=True))
-        if self.model.sequences is not None:
+        if self.model.sequences is not None or self.slices:
             scale = max(1.0, self.spatial_size / max(height, width))
             height, width = height * scale, width * scale
         scale = min(1.0, max_side / max(height, width))
@@ -117,12 +122,20 @@ class Backbone:
 
         Raises:
             NonFiniteError: The network gave NaN or infinity.
+            ConfigError: A rollout of a network without attention.
         """
         available_BS = None
         if self.model.sequences is not None:
             available_BS = torch.from_numpy(available_S).to(self.device).expand(len(images_BSHW), -1)
         rollout = None
-        if with_rollout:
+        if with_rollout and isinstance(self.model, ConvNeXt):
+            raise ConfigError(
+                "A convolutional network has no attention to roll out.",
+                where=hide_home(str(self.found.weights)),
+                fix="pass heatmap_method=similarity",
+                code="heatmap_without_attention",
+            )
+        if with_rollout and isinstance(self.model, VisionTransformer):
             features, share_BN = features_and_rollout(self.model, images_BSHW, available_BS)
             rollout = share_BN.unflatten(1, features.grid).cpu().numpy()
         else:
@@ -217,6 +230,8 @@ def open_backbone(found: FoundModel, device: torch.device) -> Backbone:
             std=_numbers(card["std"]),
             spatial_size=int(card["spatial_size"]),
             device=device,
+            windows_hu=tuple((str(name), float(low), float(high)) for name, low, high in card.get("windows_hu") or ()),
+            slices=bool(card.get("as_pictures", False)),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise CheckpointError(
@@ -236,19 +251,31 @@ def read_planes(case: Case, backbone: Backbone) -> Planes:
     if all(is_image(sequence.path) for sequence in case.sequences.values()):
         return _picture_planes(case, backbone)
     prepared = prepare_case(case, backbone.sequences, backbone.preprocess)
-    limits = [
-        sequence_limits(name, volume, AXIAL, backbone.preprocess)
-        for name, volume in zip(backbone.sequences, prepared.images_SZYX, strict=True)
-    ]
+    stored_SNHW, low_SN, high_SN = _limits(prepared, backbone)
     spacing = affine_spacing(prepared.affine)
     return Planes(
-        stored_SNHW=_in_colour(prepared.images_SZYX, backbone),
-        low_SN=_in_colour(np.stack([low for low, _ in limits]), backbone),
-        high_SN=_in_colour(np.stack([high for _, high in limits]), backbone),
+        stored_SNHW=_in_colour(stored_SNHW, backbone),
+        low_SN=_in_colour(low_SN, backbone),
+        high_SN=_in_colour(high_SN, backbone),
         spacing=(spacing.y, spacing.x),
         available_S=prepared.available_S,
         prepared=prepared,
     )
+
+
+def _limits(prepared: Prepared, backbone: Backbone) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Volumes (S, N, H, W) and the values (S, N) that become 0 and 1; windows of one volume stand for sequences."""
+    images_SZYX = prepared.images_SZYX
+    if backbone.windows_hu:
+        images_SZYX = np.repeat(images_SZYX, len(backbone.windows_hu), axis=0)
+        low, high = (np.array([window[end] for window in backbone.windows_hu]) for end in (1, 2))
+        count = images_SZYX.shape[1]
+        return images_SZYX, np.repeat(low[:, None], count, axis=1), np.repeat(high[:, None], count, axis=1)
+    limits = [
+        sequence_limits(name, volume, AXIAL, backbone.preprocess)
+        for name, volume in zip(backbone.sequences, images_SZYX, strict=True)
+    ]
+    return images_SZYX, np.stack([low for low, _ in limits]), np.stack([high for _, high in limits])
 
 
 @contextmanager
@@ -272,7 +299,7 @@ def saying_memory(backbone: Backbone) -> Iterator[None]:
 def _picture_planes(case: Case, backbone: Backbone) -> Planes:
     picture = prepare_picture(case, backbone.preprocess)
     image_CHW = _in_colour(picture.image_CHW, backbone)
-    takes = backbone.model.patch_embed.in_chans
+    takes = backbone.model.in_chans
     if len(image_CHW) not in (1, takes):
         raise DataError(
             "The picture does not have the channels that the model takes.",

@@ -7,14 +7,10 @@ from typing import Any
 
 UNUSED = {
     "compute_precision.grad_scaler": "the loss is scaled with precision fp16, and only then",
-    "compute_precision.student": "all parameters are float32; compute_precision.precision is the number format",
-    "compute_precision.teacher": "all parameters are float32; compute_precision.precision is the number format",
     "train.cache_dataset": "prepared volumes are always kept in the cache",
     "train.persistent_workers": "loader processes always live as long as the run",
     "train.pin_memory": "batches are always copied into page-locked memory for a GPU, and only then",
     "optim.lr": "the learning rate follows from optim.base_lr and optim.scaling_rule",
-    "evaluation": "nothing is evaluated while training",
-    "semi_supervised": "the semi-supervised loss is off, as by default",
 }
 """Dotted key, or whole section, and why it changes nothing."""
 
@@ -33,7 +29,6 @@ def set_aside(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ValueError: A key asks for something that would change the result and is not there.
     """
-    _refuse_semi_supervised(values.get("semi_supervised"))
     kept: dict[str, Any] = {name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()}
     notes = _rename(kept)
     for key, reason in UNUSED.items():
@@ -80,14 +75,6 @@ def _move(values: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
     overruled = f", and counts instead of {holder[leaf]!r}" if holder.get(leaf, value) != value else ""
     holder[leaf] = value
     return [f"{old} is read as {new}={value}{overruled}."]
-
-
-def _refuse_semi_supervised(section: Any) -> None:
-    weight = section.get("loss_weight", 0) if isinstance(section, Mapping) else 0
-    if weight:
-        raise ValueError(
-            f"semi_supervised.loss_weight is {weight}, but there is no semi-supervised loss here; set it to 0"
-        )
 
 
 def _names(prefix: str, value: Any) -> Iterator[str]:

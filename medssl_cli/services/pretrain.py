@@ -2,59 +2,71 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from medssl_cli.core.config import dump_config, load_config
+from medssl_cli.core.config import dump_config
 from medssl_cli.core.errors import ConfigError, PartialFailure
 from medssl_cli.core.result import Result
-from medssl_cli.core.run import (
-    plain,
-    provenance,
-    result_header,
-    worker_count,
-    write_failures,
-    write_text,
-)
+from medssl_cli.core.run import plain, provenance, result_header, worker_count, write_failures, write_text
 from medssl_cli.data.datasets import prepare_store
-from medssl_cli.data.store import Store, default_cache, estimate_bytes
-from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, compare_configs
-from medssl_cli.engine.telemetry import Telemetry, read_metrics
+from medssl_cli.data.store import Store, default_cache
+from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints
+from medssl_cli.engine.distributed import (
+    find_place,
+    from_first,
+    in_turns,
+    joined,
+    rank,
+    refuse_differences,
+    world_size,
+)
+from medssl_cli.engine.precision import Precision
+from medssl_cli.engine.telemetry import Telemetry
 from medssl_cli.engine.trainer import FitResult
-from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import save_backbone
-from medssl_cli.report.plots import draw_progress
-from medssl_cli.services.build import card_facts
-from medssl_cli.services.devices import describe_device, resolve_device
+from medssl_cli.services.build import build_monitor, card_facts
+from medssl_cli.services.class_labels import ClassLabels, read_class_labels
+from medssl_cli.services.devices import describe_device
 from medssl_cli.services.lookup import EXPORT, run_status
-from medssl_cli.services.pretrain_config import SAFE_KEYS, PretrainConfig, dataset_string_as_overrides
+from medssl_cli.services.online_evaluation import Look, Network, OnlineEvaluation, prepare_evaluation
+from medssl_cli.services.pretrain_config import PretrainConfig
+from medssl_cli.services.pretrain_group import (
+    device_of,
+    first_speaks,
+    is_batch_shell,
+    launch_group,
+    open_folder,
+    refuse_different_commands,
+    refuse_unshared,
+    submit_job,
+)
+from medssl_cli.services.pretrain_request import (
+    PretrainRequest,
+    check_request,
+    inputs_of,
+    resolve_config,
+    run_folder_of,
+)
+from medssl_cli.services.pretrain_resume import comparable, refuse_drift, refuse_other_data
 from medssl_cli.services.pretrain_run import PretrainRun, build_run
-from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable, without_home
+from medssl_cli.services.pretrain_trial import dry_run, scratch_run, smoke, smoke_lines
+from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable
+from medssl_cli.services.run_watch import RunWatch
 from medssl_cli.services.training_data import TrainingData, read_training_data
 
 log = logging.getLogger(__name__)
 
-SMOKE_STEPS = 5
-SMOKE_CASES = 4
-SMOKE_BATCH = 2  # the least that KoLeo can work on; the documented recipe takes minutes on a CPU even so
-SMOKE_ROOT = "PROSTATE_DATA_ROOT"
-"""Environment variable with the data root of ``--smoke``, where nothing else names one."""
-
 LEFT_BY_A_RUN = (
     *("checkpoints", "tb", "export", "eval", "training_metrics.jsonl", "training_metrics.json"),
-    *("progress.png", "run.json", "log.txt", "config.yaml", "failures.csv"),
+    *("progress.png", "run.html", "run.json", "log.txt", "config.yaml", "failures.csv"),
 )
 """What ``--no-resume`` removes once the new run is built."""
 
@@ -62,65 +74,63 @@ Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class PretrainRequest:
-    """What the user typed. Names as the options of ``medssl pretrain``."""
-
-    config: str | None = None
-    overrides: tuple[str, ...] = ()
-    data: Path | None = None
-    split_csv: Path | None = None
-    out: Path | None = None
-    gpus: int = 1
-    resume: bool = True
-    init: Path | None = None
-    device: str = "auto"
-    precision: str | None = None
-    attention: str | None = None
-    seed: int | None = None
-    workers: int | None = None
-    cache: Path | None = None
-    on_error: str | None = None
-    dry_run: bool = False
-    smoke: bool = False
-    allowed_changes: tuple[str, ...] = ()
-    overwrite: bool = False
-
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe or config file, for people."""
-        return Path(self.config).stem if self.config else "pretrain"
-
-
 def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say: Say = log.info) -> Result:
     """Train as the request says; resume if the run folder holds checkpoints.
 
+    With ``--gpus`` this process only starts those that train; in one that torchrun or srun started it joins the group.
+
     Args:
         request: What the user typed.
-        progress: Called with (cases prepared, cases in all).
+        progress: Called with (cases prepared, cases in all); not with ``--gpus``.
         say: Receives the lines of ``--smoke`` one by one.
+
+    Returns:
+        What was done; empty in all processes of a group but the first.
 
     Raises:
         MedsslError: Each kind with its exit code; see ``core.errors``.
     """
+    if request.submit is not None:
+        return submit_job(request)
+    place = find_place(os.environ)
+    if request.gpus > 1 and (place is None or is_batch_shell(place)):
+        result = launch_group(request, _pretrain_in_group)
+        for line in smoke_lines(result.facts.get("losses", ())):
+            say(line)
+        return result
     started = time.time()
-    with HeldLog() as lines, stoppable("preparing"):
+    device = device_of(request, place)
+    with joined(place, device):
+        result = _pretrain(request, device, progress if rank() == 0 else None, say, started)
+    return result if place is None or place.rank == 0 else Result([], {})
+
+
+def _pretrain(
+    request: PretrainRequest, device: torch.device, progress: Progress | None, say: Say, started: float
+) -> Result:
+    with first_speaks(), HeldLog() as lines, stoppable("preparing"):
         config = resolve_config(request)
-        _check_request(request)
-        device = resolve_device(request.device)
+        check_request(request)
+        refuse_different_commands(request, config)
         if request.config is None:
             log.warning("No --config: DINOv2's own values are taken (%s, batch %d); see --list-configs for recipes.",
                         config.student.arch, config.train.batch_size_per_gpu)  # fmt: skip
         for text in config.warnings():
             log.warning("%s", text)
-        data = read_training_data(config.data)
+        data = from_first(lambda: read_training_data(config.data))
+        config = config.model_copy(update={"data": data.config})
         _refuse_without_effect(config, data)
+        labels = from_first(lambda: read_class_labels(config, data))
         if request.smoke or request.dry_run:
-            with _scratch_run(request, config, device, data, progress) as run:
-                return _smoke(run, say, started) if request.smoke else _dry_run(run, data, started)
-        out, inputs = _out(request, config), _inputs(request, config)
-        with RunFolder(out, "pretrain", lines, overwrite=request.overwrite, inputs=inputs) as folder:
-            return _train(request, config, device, data, folder, progress, started)
+            with scratch_run(request, config, device, data, labels, progress) as run:
+                return smoke(run, say, started) if request.smoke else dry_run(run, data, started)
+        out, inputs = run_folder_of(request, config), inputs_of(request, config)
+        with open_folder(out, lines, request, inputs) as folder:
+            return _train(request, config, device, data, labels, folder, progress, started)
+
+
+def _pretrain_in_group(request: PretrainRequest) -> Result:
+    return pretrain(request, say=log.debug)  # the process that the user looks at says it
 
 
 def _refuse_without_effect(config: PretrainConfig, data: TrainingData) -> None:
@@ -134,66 +144,6 @@ def _refuse_without_effect(config: PretrainConfig, data: TrainingData) -> None:
         )
 
 
-def resolve_config(request: PretrainRequest) -> PretrainConfig:
-    """The configuration in force: default < file < flag < KEY=VALUE.
-
-    Raises:
-        ConfigError: Unreadable file, unknown keys, wrong types: all of them in one message.
-    """
-    flags = {
-        "data.root": None if request.data is None else str(request.data),
-        "data.split_csv": None if request.split_csv is None else str(request.split_csv),
-        "data.on_error": request.on_error,
-        "train.seed": request.seed,
-        "train.num_workers": request.workers,
-        "train.output_dir": None if request.out is None else str(request.out),
-        "compute_precision.precision": request.precision,
-        "MODEL.WEIGHTS": None if request.init is None else str(request.init),
-    }
-    config = load_config(
-        PretrainConfig, request.config, recipes="pretrain", flags=flags, overrides=_spelt_out(request.overrides)
-    )
-    root = os.environ.get(SMOKE_ROOT)
-    if request.smoke and root and not config.data.root:
-        log.info("data: %s, as %s says", root, SMOKE_ROOT)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
-    return config
-
-
-def _spelt_out(overrides: tuple[str, ...]) -> list[str]:
-    """The overrides; a dataset string among them is followed by what it sets, so that it counts as an override."""
-    texts = []
-    for text in overrides:
-        texts.append(text)
-        key, _, value = text.partition("=")
-        if key.strip() == "train.dataset_path" and value:
-            texts += dataset_string_as_overrides(value)
-    return texts
-
-
-def _check_request(request: PretrainRequest) -> None:
-    if request.gpus > 1:
-        raise ConfigError(
-            "One process trains here; several GPUs cannot be used together yet.",
-            where=f"--gpus {request.gpus}",
-            fix="drop --gpus; train.grad_accumulation gives the same total batch on one GPU",
-            code="gpus_unavailable",
-        )
-    if request.smoke and request.dry_run:
-        raise ConfigError("--smoke and --dry-run exclude each other.", fix="pass one of them", code="flags_exclude")
-
-
-def _out(request: PretrainRequest, config: PretrainConfig) -> Path:
-    named = config.train.output_dir
-    return Path(named) if named not in ("", ".") else Path("runs") / request.recipe
-
-
-def _inputs(request: PretrainRequest, config: PretrainConfig) -> list[Path]:
-    """What the run reads, and the cache that other runs share."""
-    named = (config.data.root, config.data.split_csv, request.config, config.initial_weights)
-    return [default_cache(request.cache), *(Path(path) for path in named if path and Path(path).exists())]
-
-
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -202,55 +152,109 @@ def _train(
     config: PretrainConfig,
     device: torch.device,
     data: TrainingData,
+    labels: ClassLabels,
     folder: RunFolder,
     progress: Progress | None,
     started: float,
 ) -> Result:
     """Prepare, build, take up the checkpoint if there is one, train, export."""
     checkpoints = Checkpoints(
-        folder.path / "checkpoints", config=_comparable(config), keep=config.train.keep_checkpoints
+        folder.path / "checkpoints", config=comparable(config), keep=config.train.keep_checkpoints
     )
-    checkpoint = checkpoints.latest() if request.resume else None
+    checkpoint = from_first(checkpoints.latest) if request.resume else None
     if checkpoint is not None:
-        _refuse_drift(checkpoint, config, data, request)
-    store = _prepare(config, data, request, progress)
-    weights = config.initial_weights if checkpoint is None else None
-    run = build_run(config, device, store, weights=weights, attention=request.attention, workers=request.workers)
+        refuse_drift(checkpoint, config, data, request)
+    store = in_turns(lambda: _prepare(config, data, request, progress))
+    refuse_differences(
+        {"digest of the data": store.digest},
+        "The processes of this run have different images before them.",
+        "give all machines the same data under the same path; copies must keep the times of files (cp -a, rsync -a)",
+    )
+    evaluation = _prepare_evaluation(config, data, folder, request, device, progress)
+    run = build_run(
+        config,
+        device,
+        store,
+        weights=config.initial_weights if checkpoint is None else None,
+        attention=request.attention,
+        used_before=None if checkpoint is None else checkpoint.extra.get("attention"),
+        workers=request.workers,
+        labels=labels,
+    )
     checkpoints.sequence_names = run.sequences or ()
-    checkpoints.extra = {"data_digest": store.digest, "split_digest": data.split_digest}
+    checkpoints.extra = {"data_digest": store.digest, "split_digest": data.split_digest, "attention": run.attention}
+    if world_size() > 1:
+        checkpoints.extra["world"] = world_size()
     run.trainer.checkpoints = checkpoints
     if checkpoint is not None:
-        _refuse_other_data(checkpoint, store, request)
+        refuse_other_data(checkpoint, store, request)
         run.trainer.restore(checkpoint)
         if _is_finished(run, folder):
             return _finished_before(run, folder, data, started)
     folder.begin(clear=() if request.resume else LEFT_BY_A_RUN)
+    refuse_unshared(folder.path)
     folder.facts = _facts(request, run, data, started)
+    watch = RunWatch(
+        folder,
+        request.recipe,
+        lambda: run.parallel.whole(run.objective.teacher["backbone"]),
+        build_monitor(config, run.schedules),
+    )
+    watch.evaluates, watch.evaluation = config.evaluation.is_on, evaluation
     with folder.telling_the_end(lambda: {"step": run.trainer.steps_done}):
-        _open(request, run, folder, data, checkpoint)
+        if run.first:
+            _open(run, folder, data, checkpoint, watch)
+        run.trainer.on_checkpoint = watch.after_checkpoint
         with stoppable("training"):  # the trainer has its own handlers; this is for its first and last moments
+            watch.start(run.trainer.steps_done)
             fit = run.trainer.fit()
         with stoppable("exporting"):
             export = _export(run, request.recipe, folder)
+            watch.finish(fit.steps)
             folder.say("finished", step=fit.steps, **_timing(fit, started))
+            if run.first:
+                watch.show(f"{request.recipe}, {fit.steps} steps")
     return _finished(run, fit, folder, export, data, started)
 
 
-def _open(
-    request: PretrainRequest,
-    run: PretrainRun,
-    folder: RunFolder,
+def _prepare_evaluation(
+    config: PretrainConfig,
     data: TrainingData,
-    checkpoint: Checkpoint | None,
+    folder: RunFolder,
+    request: PretrainRequest,
+    device: torch.device,
+    progress: Progress | None,
+) -> OnlineEvaluation | None:
+    """Labelled cases to score on, read and prepared before anything is trained; in the first process alone."""
+    if not config.evaluation.is_on:
+        return None
+    prepared: list[OnlineEvaluation] = []
+    autocast = Precision(config.compute_precision.precision, device).autocast
+
+    def prepare() -> None:
+        prepared.append(
+            prepare_evaluation(
+                config.evaluation,
+                config.data,
+                folder.path,
+                cache=default_cache(request.cache),
+                look=Look(config.crops.mean, config.crops.std, autocast),
+                card=lambda step: card_facts(config, request.recipe, step, {"split_digest": data.split_digest}),
+                pretraining=data.cases,
+                workers=worker_count(request.workers),
+                progress=progress,
+            )
+        )
+
+    from_first(prepare)
+    return prepared[0] if prepared else None
+
+
+def _open(
+    run: PretrainRun, folder: RunFolder, data: TrainingData, checkpoint: Checkpoint | None, watch: RunWatch
 ) -> None:
-    """Write what stands in the folder from the first step on, and let the trainer log and tell into it."""
+    """Write what stands in the folder from the first step on, and let the trainer log into it."""
     out = folder.path
-
-    def after_checkpoint(step: int) -> None:
-        folder.say("running", step=step)
-        rows = read_metrics(out / "training_metrics.jsonl")
-        draw_progress(rows, out / "progress.png", f"{request.recipe}, step {step}")
-
     write_text(out / "config.yaml", dump_config(run.config))
     write_failures(out / "failures.csv", _failures(data, run.store))
     if checkpoint is not None:
@@ -265,8 +269,8 @@ def _open(
         log_every=run.config.train.log_period_iterations,
         console=log,
         tensorboard=run.config.train.tensorboard,
+        monitor=watch.monitor,
     )
-    run.trainer.on_checkpoint = after_checkpoint
 
 
 def _prepare(config: PretrainConfig, data: TrainingData, request: PretrainRequest, progress: Progress | None) -> Store:
@@ -318,47 +322,13 @@ def _timing(fit: FitResult, started: float) -> dict[str, Any]:
 def _export(run: PretrainRun, recipe: str, folder: RunFolder) -> Path:
     path = folder.path / EXPORT
     digests = {key: folder.facts[key] for key in ("data_digest", "split_digest")}
-    teacher = cast(VisionTransformer, run.objective.teacher["backbone"])
-    save_backbone(path, teacher, card_facts(run.config, recipe, run.trainer.steps_done, digests))
-    return path
+    teacher = cast(Network, run.parallel.whole(run.objective.teacher["backbone"]))
 
+    def write() -> Path:
+        save_backbone(path, teacher, card_facts(run.config, recipe, run.trainer.steps_done, digests))
+        return path
 
-# --- resuming --------------------------------------------------------------------------------------------------------
-
-
-def _comparable(config: PretrainConfig) -> dict[str, Any]:
-    """The configuration as a checkpoint keeps it: it is plain data that may leave this machine."""
-    return without_home(config.model_dump(mode="json"))
-
-
-def _refuse_drift(checkpoint: Checkpoint, config: PretrainConfig, data: TrainingData, request: PretrainRequest) -> None:
-    """Refuse a configuration that differs; the list of cases counts by its ids, not by the name of its file."""
-
-    def with_digest(values: dict[str, Any], digest: object) -> dict[str, Any]:
-        return {**values, "data": {**values["data"], "split_csv": f"ids {str(digest)[:12]}"}}
-
-    changes = compare_configs(
-        with_digest(checkpoint.config, checkpoint.extra.get("split_digest")),
-        with_digest(_comparable(config), data.split_digest),
-        safe=SAFE_KEYS,
-        growing={"optim.epochs"},
-        allowed=set(request.allowed_changes),
-    )
-    for change in changes:
-        log.info("Changed since the checkpoint: %s", change)
-
-
-def _refuse_other_data(checkpoint: Checkpoint, store: Store, request: PretrainRequest) -> None:
-    if checkpoint.extra.get("data_digest") != store.digest and not {"data", "data.split_csv"} & {
-        *request.allowed_changes
-    }:
-        raise ConfigError(
-            "The images differ from those of the run to be resumed.",
-            where=f"data: digest {str(checkpoint.extra.get('data_digest'))[:12]} -> {store.digest[:12]} "
-            "(contents, times or places of files changed)",
-            fix="restore the files, choose another --out, or pass --allow-config-change data",
-            code="config_changed",
-        )
+    return from_first(write)
 
 
 def _is_finished(run: PretrainRun, folder: RunFolder) -> bool:
@@ -414,69 +384,3 @@ def _left_out(run: PretrainRun, folder: RunFolder, data: TrainingData) -> Partia
         fix="mend these cases, or take them off the list; the exported backbone was trained without them",
         code="cases_failed",
     )
-
-
-# --- without a run folder --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _scratch_run(
-    request: PretrainRequest,
-    config: PretrainConfig,
-    device: torch.device,
-    data: TrainingData,
-    progress: Progress | None,
-) -> Iterator[PretrainRun]:
-    """A run on the first few cases with a store that vanishes."""
-    few = max(SMOKE_CASES, min(config.train.batch_size_per_gpu, 16)) if request.dry_run else SMOKE_CASES
-    with tempfile.TemporaryDirectory(prefix="medssl-") as place:
-        store = prepare_store(data.cases[:few], config.data, Path(place), kind=data.kind, progress=progress)
-        if request.smoke:
-            batch = min(config.train.batch_size_per_gpu, SMOKE_BATCH)
-            config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size_per_gpu": batch})})
-        run = build_run(
-            config,
-            device,
-            store,
-            weights=config.initial_weights,
-            attention=request.attention,
-            workers=request.workers,
-        )
-        for line in run.introduction():
-            log.info("%s", line)
-        yield run
-
-
-def _smoke(run: PretrainRun, say: Say, started: float) -> Result:
-    losses = []
-    with contextlib.closing(run.batches(0)) as source:
-        for index in range(SMOKE_STEPS):
-            losses.append(run.trainer.step(source).total_loss)
-            say(f"[step {index}] loss={losses[-1]:.4f}")
-    facts = {**result_header("pretrain", started), "smoke": True, "losses": losses}
-    return Result([f"smoke test passed: {SMOKE_STEPS} steps on {len(run.store)} cases, nothing written"], facts)
-
-
-def _dry_run(run: PretrainRun, data: TrainingData, started: float) -> Result:
-    """One step (three on a GPU, where the first one only warms up), and what the whole run would take."""
-    fit = run.trainer.measure(3 if run.device.type == "cuda" else 1)
-    steps = run.config.optim.epochs * run.config.epoch_length(len(data.cases))
-    hours = steps * run.config.samples_per_step() / fit.images_per_s / 3600
-    cache = math.ceil(run.store.size_bytes / len(run.store) * len(data.cases))
-    facts = {
-        **result_header("pretrain", started),
-        "dry_run": True,
-        "images_per_s": fit.images_per_s,
-        "hours": hours,
-        "steps": steps,
-        "peak_memory_gib": fit.peak_memory_gib,
-        "cache_bytes": cache,
-        "source_bytes": estimate_bytes(data.cases),
-        "first_loss": fit.last_losses,
-    }
-    lines = [
-        f"{fit.images_per_s:.2f} images/s: {steps} steps take about {hours:.2f} h",
-        f"peak memory {fit.peak_memory_gib:.2f} GiB, cache about {cache / 1e6:.1f} MB for {len(data.cases)} cases",
-        f"first loss {sum(fit.last_losses.values()):.3f}; nothing was written",
-    ]
-    return Result(lines, facts)

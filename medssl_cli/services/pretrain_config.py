@@ -13,14 +13,19 @@ from medssl_cli.core.config import Config, leaves
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.datasets import DataConfig
 from medssl_cli.data.manifest import parse_dataset_string
+from medssl_cli.data.modalities import Modality, resolve_modality
 from medssl_cli.data.views import CropsConfig, check_patch
+from medssl_cli.engine.acceleration import AccelerationConfig
+from medssl_cli.engine.health import HealthConfig
 from medssl_cli.engine.optim import OptimConfig
 from medssl_cli.engine.precision import ComputePrecisionConfig
 from medssl_cli.models.zoo import StudentConfig
 from medssl_cli.objectives.dino import DinoConfig
-from medssl_cli.objectives.ibot import IbotConfig, head_warning
+from medssl_cli.objectives.ibot import IbotConfig, head_warning, mask_warning
 from medssl_cli.objectives.self_distillation import TeacherConfig
+from medssl_cli.objectives.semi_supervised import SemiSupervisedConfig
 from medssl_cli.services.dinov2_keys import set_aside
+from medssl_cli.services.labelled_data import EvaluationConfig
 
 SAFE_KEYS = frozenset(
     {
@@ -35,13 +40,24 @@ SAFE_KEYS = frozenset(
         "train.tensorboard",
         "train.dataset_path",
         "teacher.init_with_student_weights",
+        "train.compile",
+        "train.cudagraphs",
+        "student.grad_checkpointing",
+        "compute_precision.parallel",
+        *(f"evaluation.{name}" for name in EvaluationConfig.model_fields),
+        *(f"health.{name}" for name in HealthConfig.model_fields),
         "data.root",
         "data.on_error",
     }
 )
-"""Keys that may differ when a run resumes, because no number depends on them. The dataset string counts by what it sets
-in `data`, the data root by the digest of its files."""
+"""Keys that may differ when a run resumes, because no number depends on them beyond rounding. The dataset string counts
+by what it sets in `data`, the data root by the digest of its files."""
 
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "visionfm": {"teacher.warmup_teacher_temp": 0.07, "teacher.teacher_temp": 0.04},
+}
+"""Values of a published run that the recipes depart from, by the name given to --preset."""
 
 VOLUMES_ONLY = (
     "data.mri_sequences",
@@ -56,6 +72,10 @@ VOLUMES_ONLY = (
     "data.preprocess.adc_scale",
     "data.preprocess.adc_range",
     "data.preprocess.resample_mm",
+    "data.preprocess.window_hu",
+    "data.preprocess.window_sequences",
+    "data.windows_hu",
+    "data.as_pictures",
     "crops.crop_from_tumor_foreground",
     "student.use_mri_seq_embed",
 )
@@ -67,9 +87,11 @@ class ModelConfig(Config):
 
     WEIGHTS: str = ""
     """Weights for the student's backbone when nothing is resumed; the same as --init."""
+    init_from: Literal["teacher", "student"] = "teacher"
+    """Which network of a file that holds both; the same as --init-from. Student and teacher both start from it."""
 
 
-class TrainConfig(Config):
+class TrainConfig(AccelerationConfig):
     """The run as a whole."""
 
     batch_size_per_gpu: PositiveInt = 64
@@ -120,6 +142,9 @@ class PretrainConfig(Config):
     ibot: IbotConfig = IbotConfig()
     optim: OptimConfig = OptimConfig()
     crops: CropsConfig = CropsConfig()
+    semi_supervised: SemiSupervisedConfig = SemiSupervisedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    health: HealthConfig = HealthConfig()
     compute_precision: ComputePrecisionConfig = ComputePrecisionConfig()
 
     _notes: list[str] = PrivateAttr(default_factory=list)
@@ -148,6 +173,8 @@ class PretrainConfig(Config):
             update["append_label_mask"] = self.crops.crop_from_tumor_foreground
         # in place, while it is being made: pydantic ignores another instance that a validator returns to a constructor
         self.__dict__["data"] = self.data.model_copy(update=update)
+        if self.data.modality:
+            self.__dict__["crops"] = _normalised(self.crops, resolve_modality(self.data.modality))
         return self
 
     @model_validator(mode="after")
@@ -159,6 +186,13 @@ class PretrainConfig(Config):
             )
         if self.dino.loss_weight == 0 and self.ibot.loss_weight == 0:
             faults.append("dino.loss_weight and ibot.loss_weight are both 0: there is nothing to learn")
+        if self.semi_supervised.loss_weight and not self.semi_supervised.target:
+            faults.append("semi_supervised.loss_weight is set: semi_supervised.target must name the column of labels")
+        if self.student.family == "convnext" and (self.ibot.loss_weight or self.ibot.mask_sample_probability):
+            faults.append(
+                f"student.arch {self.student.arch} has no mask token: set ibot.loss_weight and "
+                "ibot.mask_sample_probability to 0"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -172,7 +206,8 @@ class PretrainConfig(Config):
 
     def warnings(self) -> list[str]:
         """Settings that have no effect, in words."""
-        found = [*self._notes, head_warning(self.dino, self.ibot)]
+        found = [*self._notes, head_warning(self.dino, self.ibot), mask_warning(self.ibot, self.train.centering)]
+        found += [*self.evaluation.warnings(), self._unused_sharding()]
         if not self.teacher.init_with_student_weights:
             found.append(
                 "No effect: teacher.init_with_student_weights: the teacher always starts as a copy of the student."
@@ -190,6 +225,13 @@ class PretrainConfig(Config):
         if self.optim.warmup_epochs > self.optim.epochs:
             found.append(f"optim.warmup_epochs {self.optim.warmup_epochs} is cut to optim.epochs {self.optim.epochs}")
         return [text for text in found if text]
+
+    def _unused_sharding(self) -> str | None:
+        compute, usual = self.compute_precision, ComputePrecisionConfig()
+        named = [f"compute_precision.{n}" for n in ("student", "teacher") if getattr(compute, n) != getattr(usual, n)]
+        if not named or compute.parallel == "fsdp":
+            return None
+        return f"No effect without compute_precision.parallel=fsdp: {', '.join(named)}; precision is the number format."
 
     @property
     def position_side(self) -> int:
@@ -211,6 +253,12 @@ class PretrainConfig(Config):
     def samples_per_step(self, world: int = 1) -> int:
         """Samples that one optimizer step sees over all processes."""
         return self.train.batch_size_per_gpu * self.train.grad_accumulation * world
+
+
+def _normalised(crops: CropsConfig, modality: Modality) -> CropsConfig:
+    """The crops with the modality's mean and standard deviation, where none were given."""
+    known = {"mean": modality.mean, "std": modality.std}
+    return crops.model_copy(update={name: value for name, value in known.items() if name not in crops.model_fields_set})
 
 
 def dataset_string_as_overrides(text: str) -> list[str]:

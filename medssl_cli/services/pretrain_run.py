@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,17 +13,21 @@ from medssl_cli.core.protocols import Batch, SliceBatch
 from medssl_cli.core.run import seed_everything, seed_for, worker_count
 from medssl_cli.data.datasets import ImageDataset, Loader, SliceDataset, build_loader
 from medssl_cli.data.store import Store
+from medssl_cli.engine.distributed import Parallel, local_world, rank, world_size
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.schedules import Schedules
 from medssl_cli.engine.trainer import Trainer
 from medssl_cli.objectives.self_distillation import SelfDistillation, expected_first_loss
 from medssl_cli.services.build import (
+    build_acceleration,
+    build_gradients,
     build_objective,
     build_optimizer,
     build_schedules,
     build_views,
     select_attention,
 )
+from medssl_cli.services.class_labels import ClassLabels
 from medssl_cli.services.devices import describe_device
 from medssl_cli.services.pretrain_config import PretrainConfig
 from medssl_cli.services.training_data import build_dataset
@@ -36,8 +41,10 @@ class PretrainRun:
         batches: Step -> endless stream of micro-batches from there on.
         sequences: Names in channel order; None for plain pictures.
         attention: Backend in use.
+        labels: Classes for a semi-supervised loss.
         epoch_steps: Optimizer steps an epoch.
         workers: Loader processes.
+        parallel: What makes the gradients of several processes one.
         notes: What is legal and yet unlikely to be meant.
     """
 
@@ -53,7 +60,19 @@ class PretrainRun:
     attention: str
     epoch_steps: int
     workers: int
+    parallel: Parallel
+    labels: ClassLabels
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return rank() == 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one update over all processes."""
+        return self.config.samples_per_step(world_size())
 
     @property
     def total_steps(self) -> int:
@@ -64,17 +83,18 @@ class PretrainRun:
         """What will happen, in numbers."""
         config, optim = self.config, self.config.optim
         rule = "" if optim.scaling_rule == "identity" else f" by {optim.scaling_rule}"
+        others = f" x {world_size()} processes ({self.config.compute_precision.parallel})" if world_size() > 1 else ""
         return [
             *self.notes,
-            f"{len(self.store)} cases, {describe_device(self.device)}, {config.compute_precision.precision}, "
+            f"{len(self.store)} cases, {describe_device(self.device)}{others}, {config.compute_precision.precision}, "
             f"attention {self.attention}, {self.workers} loader workers",
-            f"{self.total_steps} steps of {config.samples_per_step()} samples, {self.epoch_steps} an epoch; "
+            f"{self.total_steps} steps of {self.samples_per_step} samples, {self.epoch_steps} an epoch; "
             f"effective learning rate {self.schedules.lr:.3g} (base_lr {optim.base_lr:g}{rule})",
             f"{self._tokens()}; {_expectation(config, self._images(), self.schedules.at(0)['teacher_temp'])}",
         ]
 
     def _images(self) -> int:
-        return 1 if self.sequences is None else len(self.sequences)
+        return self.dataset.n_sequences
 
     def _tokens(self) -> str:
         student, crops, images = self.config.student, self.config.crops, self._images()
@@ -93,7 +113,9 @@ def build_run(
     *,
     weights: Path | None,
     attention: str | None = None,
+    used_before: str | None = None,
     workers: int | None = None,
+    labels: ClassLabels | None = None,
 ) -> PretrainRun:
     """Dataset, networks, optimizer and trainer; the same tensors for the same seed.
 
@@ -103,7 +125,9 @@ def build_run(
         store: Prepared cases.
         weights: File for the student's backbone; None starts afresh, or is filled by a checkpoint.
         attention: Backend asked for; None takes the fastest that works.
+        used_before: Backend of the part of the run that is resumed, which is taken again if it works.
         workers: Loader processes asked for; None takes ``train.num_workers``, or fewer CPUs.
+        labels: Classes for a semi-supervised loss.
 
     Raises:
         ConfigError: Slices of these volumes would be distorted.
@@ -111,14 +135,24 @@ def build_run(
     """
     seed_everything(config.train.seed)
     dataset = build_dataset(store, config.data, config.train.seed)
-    sequences = config.data.mri_sequences if isinstance(dataset, SliceDataset) else None
-    backend = select_attention(attention, device, config.compute_precision.precision)
-    objective, _ = build_objective(config, sequences, device, weights)
-    epoch_steps = config.epoch_length(len(dataset))
-    schedules = build_schedules(config, epoch_steps)
-    workers = min(config.train.num_workers, worker_count()) if workers is None else workers
+    labels = ClassLabels() if labels is None else labels
+    backend, notes = select_attention(config, device, dataset.n_sequences, asked=attention, before=used_before)
+    objective, _ = build_objective(
+        config,
+        dataset.sequences,
+        device,
+        weights,
+        in_chans=_input_channels(dataset),
+        class_counts=labels.counts,
+    )
+    notes += build_acceleration(config, objective, device, _total_steps(config, dataset))
+    parallel = build_gradients(config, objective, device)
+    epoch_steps = config.epoch_length(len(dataset), world_size())
+    schedules = build_schedules(config, epoch_steps, world_size())
+    workers = min(config.train.num_workers, _spare_cpus()) if workers is None else workers
     batches = _loader_of(config, device, dataset, workers)
-    trainer = _build_trainer(config, device, dataset, objective, schedules, batches)
+    trainer = _build_trainer(config, device, dataset, objective, schedules, batches, labels)
+    trainer.parallel = parallel
     return PretrainRun(
         config=config,
         device=device,
@@ -128,12 +162,31 @@ def build_run(
         schedules=schedules,
         trainer=trainer,
         batches=batches,
-        sequences=sequences,
+        sequences=dataset.sequences,
         attention=backend,
         epoch_steps=epoch_steps,
         workers=workers,
-        notes=schedules.warnings(),
+        parallel=parallel,
+        labels=labels,
+        notes=[*notes, *schedules.warnings()],
     )
+
+
+def _input_channels(dataset: SliceDataset | ImageDataset) -> int:
+    """Channels of the patch convolution: 3, which takes one grey channel too, unless pictures have another number."""
+    odd = dataset.sequences is None and dataset.channels not in (1, 3)
+    return dataset.channels if odd else 3
+
+
+def _total_steps(config: PretrainConfig, dataset: SliceDataset | ImageDataset) -> int:
+    return config.optim.epochs * config.epoch_length(len(dataset), world_size())
+
+
+def _spare_cpus() -> int:
+    """Loader processes that this machine has CPUs for, shared among the processes that train on it."""
+    if local_world() == 1 or os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return worker_count()
+    return min(8, max(1, len(os.sched_getaffinity(0)) // local_world() - 1))
 
 
 def _loader_of(
@@ -149,6 +202,8 @@ def _loader_of(
             workers=workers,
             seed=train.seed,
             start_step=step,
+            rank=rank(),
+            world=world_size(),
             timeout_s=train.loader_timeout_s,
             pin_memory=device.type == "cuda",
             prefetch=train.prefetch_factor,
@@ -164,13 +219,16 @@ def _build_trainer(
     objective: SelfDistillation,
     schedules: Schedules,
     batches: Callable[[int], Loader],
+    labels: ClassLabels,
 ) -> Trainer:
     train, seed = config.train, config.train.seed
-    channels = len(config.data.mri_sequences) if isinstance(dataset, SliceDataset) else 1
-    multi_crop = build_views(config, channels)
+    multi_crop = build_views(config, dataset.n_sequences)
 
     def views(slices: SliceBatch, step: int, micro: int) -> Batch:
-        return multi_crop(slices, seed_for(seed, "views", step, micro, 0))
+        masking = config.ibot.masks_at(step, schedules.epoch_steps)
+        batch = multi_crop(slices, seed_for(seed, "views", step, micro, rank()), masking=masking)
+        labels_B = labels.of_batch(slices.case_ids)
+        return batch if labels_B is None else replace(batch, labels_B=labels_B.to(device))
 
     return Trainer(
         objective=objective,
@@ -183,7 +241,9 @@ def _build_trainer(
         precision=Precision(config.compute_precision.precision, device),
         accumulation=train.grad_accumulation,
         clip_grad=config.optim.clip_grad,
+        clip_mode=config.optim.clip_mode,
         seed=seed,
+        evaluate_every=config.evaluation.eval_period_iterations if config.evaluation.is_on else 0,
         checkpoint_every=train.checkpoint_period_iterations or train.saveckp_freq * schedules.epoch_steps,
     )
 

@@ -329,8 +329,10 @@ def test_dry_run_estimates_and_writes_nothing(
     words = ("--dry-run", "--out", tmp_path / "run", "--cache", tmp_path / "cache", "train.batch_size_per_gpu=4")
     answer = tiny(*words)
     assert answer.exit_code == 0, answer.stderr
-    assert re.search(r"[\d.]+ images/s: 8 steps take about [\d.]+ h", answer.stdout)
-    assert re.search(r"peak memory [\d.]+ GiB, cache about [\d.]+ MB for 6 cases", answer.stdout)
+    assert re.search(r"[\d.]+ images/s: 8 steps of 4 samples take about [\d.]+ h", answer.stdout)
+    assert re.search(r"memory peak [\d.]+ GiB of [\d.]+ GiB at batch 4", answer.stdout)
+    assert re.search(r"the loader alone gives [\d.]+ images/s", answer.stdout)
+    assert re.search(r"cache about [\d.]+ MB for 6 cases", answer.stdout)
     assert "nothing was written" in answer.stdout
     assert list(tmp_path.iterdir()) == []
     assert sorted(prostate_tree.rglob("*")) == before
@@ -371,10 +373,27 @@ def test_an_absent_device_is_an_error(tiny: Run, tmp_path: Path) -> None:
     assert tiny("--device", "tpu").exit_code == 2
 
 
-def test_several_gpus_are_refused_with_a_way_out(tiny: Run, tmp_path: Path) -> None:
+def test_more_gpus_than_there_are_is_an_error_with_a_way_out(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    answer = tiny("--out", tmp_path / "run", "--gpus", 3, "--device", "auto")
+    assert answer.exit_code == 6
+    assert "--gpus 3; found 2" in answer.stderr
+    assert "--device cpu" in answer.stderr
+    assert "train.grad_accumulation" in answer.stderr
+    assert tiny("--gpus", 2, "--device", "cuda:1").exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_and_gpus_must_agree(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     answer = tiny("--out", tmp_path / "run", "--gpus", 2)
     assert answer.exit_code == 2
-    assert "train.grad_accumulation" in answer.stderr
+    assert "--gpus 2; torchrun started 4 processes on this machine" in answer.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_smoke_and_dry_run_exclude_each_other(tiny: Run) -> None:

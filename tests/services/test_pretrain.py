@@ -253,7 +253,7 @@ def test_r13_odd_names_stay_inside_the_run_folder(tiny: Run, tree: Path, tmp_pat
 def test_run_json_tells_status_and_step_at_every_checkpoint(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medssl_cli.services import pretrain, run_folder
+    from medssl_cli.services import run_folder, run_watch
 
     seen: list[tuple[str, int]] = []
 
@@ -263,7 +263,7 @@ def test_run_json_tells_status_and_step_at_every_checkpoint(
 
     write_json = run_folder.write_json
     monkeypatch.setattr(run_folder, "write_json", note)
-    monkeypatch.setattr(pretrain, "draw_progress", lambda rows, path, title: path.write_bytes(b""))
+    monkeypatch.setattr(run_watch, "draw_progress", lambda rows, path, title, evaluations: path.write_bytes(b""))
     assert tiny("train.checkpoint_period_iterations=1").exit_code == 0
     assert seen == [("running", step) for step in range(5)] + [("finished", 4)]
 

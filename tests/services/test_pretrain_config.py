@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from medssl_cli.core.config import dump_config, load_config
 from medssl_cli.core.errors import ConfigError
@@ -119,8 +120,8 @@ def test_keys_of_dinov2_without_effect_are_accepted_and_named(tmp_path: Path) ->
     assert config.optim.epochs == 3
     text = "\n".join(config.warnings())
     for key in (
-        *("compute_precision.grad_scaler", "compute_precision.student.backbone.mixed_precision.param_dtype"),
-        *("train.cache_dataset", "optim.lr", "evaluation.eval_period_iterations", "semi_supervised.label_smoothing"),
+        *("compute_precision.grad_scaler", "compute_precision.student", "compute_precision.parallel=fsdp"),
+        *("train.cache_dataset", "optim.lr", "evaluation.eval_period_iterations"),
         *("teacher.init_with_student_weights",),
     ):
         assert key in text
@@ -158,10 +159,12 @@ def test_other_keys_are_still_refused(tmp_path: Path, values: dict[str, Any], wo
     assert words in caught.value.where
 
 
-def test_a_semi_supervised_weight_is_refused(tmp_path: Path) -> None:
+def test_the_semi_supervised_loss_wants_to_know_its_labels(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resolved(tmp_path, {"semi_supervised": {"loss_weight": 0.5}})
-    assert "semi_supervised.loss_weight is 0.5" in caught.value.where
+    assert "semi_supervised.target" in caught.value.where
+    config = resolved(tmp_path, {"semi_supervised": {"loss_weight": 0.5, "target": "grade"}})
+    assert config.semi_supervised.label_smoothing == 0.1
 
 
 def test_json_is_accepted(tmp_path: Path) -> None:
@@ -246,3 +249,11 @@ def test_keys_without_effect_on_pictures_are_named() -> None:
     assert config.without_effect("images") == ["data.random_slices: True", "crops.crop_from_tumor_foreground: True"]
     assert not config.without_effect("volumes")
     assert not load_config(PretrainConfig, "images_small", recipes="pretrain").without_effect("images")
+
+
+def test_a_convolutional_backbone_is_refused_with_masks_and_taken_without() -> None:
+    arch = {"student": {"arch": "convnext_tiny"}, "crops": {"global_crops_size": 64, "local_crops_size": 32}}
+    with pytest.raises(ValidationError, match="convnext_tiny has no mask token"):
+        PretrainConfig.model_validate({**arch, "ibot": {"loss_weight": 0.0}})
+    without = {"ibot": {"loss_weight": 0.0, "mask_sample_probability": 0.0}}
+    assert PretrainConfig.model_validate({**arch, **without}).student.size == (768, 18, 1)
