@@ -121,7 +121,9 @@ def read_options(arguments: Sequence[str] | None) -> tuple[str, bool, Options]:
     parser.add_argument("--arch", default="vit_base", help="vit_tiny, vit_small, vit_base, vit_large")
     parser.add_argument("--attention", nargs="+", default=[], help="kernels; all that work if not given")
     parser.add_argument("--workers", type=int, nargs="+", help="loader processes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, which medssl does not do")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.compile does")
+    parser.add_argument("--cudagraphs", action="store_true", help="with --compile: as train.cudagraphs does")
+    parser.add_argument("--tricks", action="store_true", help="step: leave out one trick at a time")
     given = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     options = Options(
@@ -134,6 +136,8 @@ def read_options(arguments: Sequence[str] | None) -> tuple[str, bool, Options]:
         attention=tuple(given.attention),
         workers=tuple(given.workers or ([0, 1] if given.tiny else [n for n in (0, 1, 2, 4, 8) if n <= cores])),
         compile=given.compile,
+        tricks=given.tricks,
+        cudagraphs=given.cudagraphs,
     )
     return given.name, given.json, options
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from medssl_cli.engine.precision import Precision
 from medssl_cli.models.attention import set_backend
 from medssl_cli.services.build import build_objective
 
@@ -84,6 +85,197 @@ def test_step_compares_the_kernels_and_takes_several_batches(document: Callable[
     ]
     for row in rows:
         assert row["samples_per_s"] == pytest.approx(1e3 * row["batch"] / row["wall_ms"])
+
+
+def test_tricks_are_left_out_one_at_a_time(document: Callable[..., dict[str, Any]]) -> None:
+    found = document("step", "--tricks", "--repeat", "1", "--batch", "2", "--precision", "bf16")
+    rows = {row["what"]: row for row in found["rows"]}
+    own = rows["medssl"]
+    assert own["against_medssl"] == 1
+    for what in ("all tokens through the last block", "one pass for each crop size", "in fp32"):
+        assert rows[what]["against_medssl"] == pytest.approx(rows[what]["cpu_ms"] / own["cpu_ms"])
+        assert rows[what]["kept_gib"] > own["kept_gib"], "each of these keeps more for the backward pass"
+    assert rows["activation checkpointing"]["kept_gib"] < own["kept_gib"]
+    assert {"clipping, one by one", "moving average, together", "AdamW, fused", "attention plain"} <= rows.keys()
+
+
+def test_a_switched_step_gives_the_same_numbers(bench: ModuleType) -> None:
+    """The plain restatement is the same training: equal losses and parameters after two steps, to rounding."""
+    from benchmarks.recipe import build_trainer, pretrain_config
+    from benchmarks.ways import Switch, Way
+
+    found = []
+    for way in (
+        Way(),
+        Way(packed=False, needed=False, together=False, fused=False, kernel="plain"),
+        Way(checkpointing=True),
+    ):
+        given = options(bench, "--tiny")
+        config = pretrain_config(given, 2, "student.drop_path_rate=0", "optim.clip_grad=0.01")
+        trainer = build_trainer(config, given)
+        groups = [{**group, "foreach": True, "fused": False} for group in trainer.optimizer.param_groups]
+        switch = Switch(trainer, torch.optim.AdamW(groups, lr=0.0))
+        switch.take(way)
+        source = trainer.batches(0)
+        losses = [trainer.step(source).losses for _ in range(2)]
+        switch.restore()
+        found.append((losses, [parameter.detach().clone() for parameter in trainer.objective.parameters()]))
+    for losses, parameters in found[1:]:
+        assert losses == [pytest.approx(each, rel=1e-5) for each in found[0][0]]
+        torch.testing.assert_close(parameters, found[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_switch_leaves_nothing_behind(bench: ModuleType) -> None:
+    from benchmarks.recipe import build_trainer, pretrain_config
+    from benchmarks.ways import SLOT, Switch, Way
+
+    from medssl_cli.engine import trainer as trainer_module
+    from medssl_cli.engine.optim import clip_gradients
+
+    given = options(bench, "--tiny")
+    trainer = build_trainer(pretrain_config(given, 2), given)
+    names = lambda: [set(vars(module)) - {SLOT} for module in trainer.objective.modules()]  # noqa: E731
+    before = names()
+    switch = Switch(trainer)
+    switch.take(Way(packed=False, needed=False, together=False, checkpointing=True, precision="bf16", kernel="plain"))
+    assert trainer.precision.name == "bf16"
+    with pytest.raises(ValueError, match="one optimizer"):
+        switch.take(Way(fused=False))
+    switch.restore()
+    assert names() == before
+    assert trainer_module.clip_gradients is clip_gradients
+    assert trainer.precision.name == "fp32"
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once(bench: ModuleType) -> None:
+    from benchmarks.ways import kept_gib
+
+    class Square(torch.nn.Module):
+        dino_center = ibot_center = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def losses(self, batch: torch.Tensor, values: object) -> dict[str, torch.Tensor]:
+            scaled = batch * self.weight  # keeps the batch; the weight is a parameter
+            return {"loss": (scaled * scaled).sum()}  # keeps the product, twice the same
+
+    class Trainer:
+        objective = Square()
+        precision = Precision("fp32", torch.device("cpu"))
+
+        def batches(self, step: int) -> Iterator[torch.Tensor]:
+            return iter([torch.ones(1000)])
+
+        def views(self, slices: torch.Tensor, step: int, micro: int) -> torch.Tensor:
+            return slices
+
+        schedules = SimpleNamespace(at=lambda step: {})
+
+    assert kept_gib(Trainer()) == pytest.approx(8000 / 2**30)  # type: ignore[arg-type]
+
+
+def test_the_trial_sees_the_tokens_of_the_recipe(bench: ModuleType) -> None:
+    from benchmarks.recipe import pretrain_config
+    from benchmarks.tricks import packed_groups
+
+    assert packed_groups(pretrain_config(options(bench), 8)) == ((16, 769), (64, 193))
+    assert packed_groups(pretrain_config(options(bench), 2, "crops.local_crops_number=0")) == ((4, 769),)
+
+
+def test_colours_of_a_plain_picture_are_measured_beside_random_convolution(
+    document: Callable[..., dict[str, Any]],
+) -> None:
+    found = document("views", "--repeat", "1")
+    assert [row["what"] for row in found["rows"]][2:] == [
+        "crops, blur, gamma, rc; one core",
+        "crops, blur, colour jitter, grey, solarise; one core",
+    ]
+    assert len(found["ratios"]) == 2
+
+
+# --- all of them on a GPU --------------------------------------------------------------------------------------------
+
+
+def test_the_survey_asks_for_every_mark_of_a_gpu(bench: ModuleType) -> None:
+    from benchmarks.step import STEP_MARKS
+    from benchmarks.survey import plan
+
+    asked: set[tuple[str, str, int]] = set()
+    for job in plan("cuda", tiny=False):
+        name, _, given = bench.read_options([*job.words, "--device", "cpu"])  # every word is known
+        assert name == job.words[0]
+        if name == "step":
+            asked |= {(given.arch, given.precision, batch) for batch in given.batch}
+    assert asked >= STEP_MARKS.keys()
+    assert {("vit_base", "fp16", 8), ("vit_base", "bf16", 64), ("vit_large", "bf16", 32)} <= asked
+
+
+def test_a_failed_benchmark_is_told_and_the_others_go_on(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import survey
+
+    jobs = [survey.Job("broken", ("step", "--device", "cuda:99")), survey.Job("whole", ("startup",))]
+    document = {
+        "command": "bench startup",
+        "started_at": "2026-01-02T03:04:05",
+        "precision": "fp32",
+        "sizes": {},
+        "machine": {"gpu": None, "cpu": "a CPU", "cores": 2},
+        "versions": {"torch": "9.9", "cuda": None},
+        "rows": [{"what": "help | text", "wall_ms": 12.345, "none": None}],
+        "marks": [{"mark": "s", "value": 0.1, "limit": 0.35, "at_least": False, "reached": True}],
+    }
+
+    def answer(command: list[str], **_: object) -> SimpleNamespace:
+        if "startup" in command:
+            return SimpleNamespace(returncode=0, stdout=json.dumps(document), stderr="")
+        return SimpleNamespace(returncode=6, stdout="", stderr="error: The device cuda:99 is absent.\n  fix: none")
+
+    monkeypatch.setattr(survey, "plan", lambda *_, **__: jobs)
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert survey.main([str(tmp_path / "out")]) == 1
+    assert "failed: error: The device cuda:99 is absent." in capsys.readouterr().out
+    written = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert ["failed" in result for result in written] == [True, False]
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| help / text | 12.35 |" in text
+    assert "error: The device cuda:99 is absent." in text
+    assert "| bench startup, fp32: s ≤ 0.35 | 0.1 | reached |" in text
+
+
+def test_of_several_runs_a_mark_takes_the_best(bench: ModuleType) -> None:
+    from benchmarks.survey import _marks
+
+    def document(rate: float | None, gib: float | None) -> dict[str, Any]:
+        return {
+            "command": "bench step",
+            "precision": "bf16",
+            "sizes": {"arch": "vit_base"},
+            "marks": [
+                {"mark": "rate", "value": rate, "limit": 230, "at_least": True, "reached": rate and rate >= 230},
+                {"mark": "GiB", "value": gib, "limit": 26, "at_least": False, "reached": gib and gib <= 26},
+            ],
+        }
+
+    text = _marks([document(None, None), document(240.0, 30.0), document(200.0, 25.0)])
+    assert "| bench step, vit_base, bf16: rate ≥ 230 | 240 | reached |" in text
+    assert "| bench step, vit_base, bf16: GiB ≤ 26 | 25 | reached |" in text
+
+
+@pytest.mark.slow
+def test_one_command_measures_all_and_writes_two_files(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "bench_gpu"), str(tmp_path / "out"), "--device", "cpu", "--tiny"]
+    answer = subprocess.run([*command, "--repeat", "1"], capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "out/results.json").read_text(), parse_constant=refuse)["results"]
+    assert [result["title"] for result in results] == ["startup", "step, fp32", "tricks, bf16"]
+    assert all(result["document"]["tiny"] for result in results)
+    assert "[3/3] tricks, bf16" in answer.stdout
+    page = (tmp_path / "out/results.md").read_text()
+    assert "### tricks, bf16" in page
+    assert "restated plainly" in page
 
 
 def test_workers_are_compared_with_the_step_on_ready_views(document: Callable[..., dict[str, Any]]) -> None:

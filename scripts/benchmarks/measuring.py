@@ -27,7 +27,9 @@ class Options:
         batch: Samples of a batch; only ``step`` looks at more than the first.
         attention: Kernels to compare; empty for all that work.
         workers: Numbers of loader processes.
-        compile: ``torch.compile`` each block, which medssl itself does not do.
+        compile: Compile the blocks, as ``train.compile`` does.
+        cudagraphs: Replay the teacher's compiled blocks, as ``train.cudagraphs`` does.
+        tricks: ``step`` leaves out one trick at a time.
     """
 
     tiny: bool
@@ -39,6 +41,8 @@ class Options:
     attention: tuple[str, ...]
     workers: tuple[int, ...]
     compile: bool
+    tricks: bool = False
+    cudagraphs: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -105,12 +109,28 @@ class Timing:
 
 
 def measure(
-    parts: Mapping[str, Callable[[], Any]], repeat: int, device: torch.device | None = None, warmup: int = 1
+    parts: Mapping[str, Callable[[], Any]],
+    repeat: int,
+    device: torch.device | None = None,
+    warmup: int = 1,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:
-    """Call all parts in turns, so that whatever else runs on the machine meets them alike."""
+    """Call all parts in turns, so that whatever else runs on the machine meets them alike.
+
+    Args:
+        parts: What is timed, by name.
+        repeat: Turns that count.
+        device: Waited for after each call.
+        warmup: Turns that do not count.
+        before: What is called before the part of the same name and not timed.
+    """
     timings = {name: Timing([], []) for name in parts}
     for turn in range(warmup + repeat):
         for name, part in parts.items():
+            if before is not None:
+                before[name]()
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
             cpu, wall = cpu_seconds(), time.perf_counter()
             part()
             if device is not None and device.type == "cuda":

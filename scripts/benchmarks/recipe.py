@@ -11,9 +11,9 @@ import torch
 from benchmarks.measuring import Options
 from medssl_cli.core.config import load_config
 from medssl_cli.core.protocols import Batch, SliceBatch
+from medssl_cli.engine.acceleration import AccelerationConfig, accelerate
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.trainer import Trainer
-from medssl_cli.models.layers import Block
 from medssl_cli.services.build import build_objective, build_optimizer, build_schedules, build_views
 from medssl_cli.services.pretrain_config import PretrainConfig
 
@@ -65,8 +65,9 @@ def build_trainer(config: PretrainConfig, options: Options, make_views: Callable
     slices = random_slices(config, options.device)
     objective, _ = build_objective(config, SEQUENCES, options.device, None)
     if options.compile:
-        for block in (module for module in objective.modules() if isinstance(module, Block)):
-            block.compile()
+        name = config.compute_precision.precision
+        wanted = AccelerationConfig(compile=True, cudagraphs=options.cudagraphs)
+        accelerate(objective, wanted, options.device, name, steps=0)
     batch = build_views(config, len(SEQUENCES))(slices, 0)
     schedules = build_schedules(config, config.epoch_length(400))
     return Trainer(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 
 from benchmarks.measuring import Findings, Mark, Options, Parts, Rows, measure
 from benchmarks.recipe import build_trainer, crop_sizes, pretrain_config, tflop_per_sample
+from benchmarks.tricks import packed_groups, tricks
+from benchmarks.ways import Switch, Way
 from medssl_cli.engine.precision import AUTOCAST_DTYPES, Precision
 from medssl_cli.engine.telemetry import peak_memory_gib
-from medssl_cli.models.attention import probe_backends, set_backend
+from medssl_cli.models.attention import choose_by_trial, probe_backends, set_backend
 from medssl_cli.services.pretrain_config import PretrainConfig
 
 STEP_MARKS = {  # (arch, precision, batch) -> samples/s on one H200, GiB
@@ -40,7 +43,9 @@ def matrix_peak(options: Options) -> float:
 
 
 def step(options: Options) -> Findings:
-    """W1: one optimizer step on views that lie ready on the device, by attention kernel and batch."""
+    """W1: one optimizer step on views that lie ready on the device, by attention kernel and batch; or by trick."""
+    if options.tricks:
+        return tricks(options)
     dtype = AUTOCAST_DTYPES.get(options.precision, torch.float32)
     working = [status.name for status in probe_backends(options.device, dtype) if status.works]
     peak = matrix_peak(options)
@@ -48,7 +53,7 @@ def step(options: Options) -> Findings:
     marks: list[Mark] = []
     for batch in options.batch:
         config = pretrain_config(options, batch)
-        rows += (found := step_rows(config, options, options.attention or working, peak))
+        rows += (found := step_rows(config, options, options.attention or working_for(config, options, working), peak))
         marks += step_marks(options, batch, found)
         gc.collect()  # else the next batch size would be measured beside the last one's networks
     clock = f"{options.clock}_ms"
@@ -60,6 +65,17 @@ def step(options: Options) -> Findings:
     sizes = {"arch": options.arch, **crop_sizes(config), "prototypes": config.dino.head_n_prototypes}
     sizes |= {"size": config.student.size, "tflop_a_sample": tflop_per_sample(config), "matrix_peak_tflops": peak}
     return Findings({**sizes, "compiled_blocks": options.compile}, rows, ratios, marks)
+
+
+def working_for(config: PretrainConfig, options: Options, working: list[str]) -> list[str]:
+    """All kernels that work; when compiling, which fixes one, the fastest on the shapes of the run."""
+    if not options.compile:
+        return working
+    width, depth, heads = config.student.size
+    dtype = AUTOCAST_DTYPES.get(options.precision, torch.float32)
+    set_backend(None, options.device, dtype)
+    choice = choose_by_trial(options.device, dtype, packed_groups(config), heads, width // heads, layers=depth)
+    return [choice.name]
 
 
 def step_marks(options: Options, batch: int, rows: Rows) -> list[Mark]:
@@ -75,34 +91,32 @@ def step_marks(options: Options, batch: int, rows: Rows) -> list[Mark]:
 
 
 def step_rows(config: PretrainConfig, options: Options, kernels: Sequence[str], peak: float) -> Rows:
-    """One row a kernel, and the step restated plainly: kernel ``plain``, one forward a crop size."""
+    """One row a kernel, and the step restated plainly: kernel ``plain``, one forward a crop size, all tokens."""
     trainer, batch = build_trainer(config, options), config.train.batch_size_per_gpu
-    source, backbone = trainer.batches(0), trainer.objective.trained_modules()["backbone"]
-    packed: Callable[..., Any] = backbone.forward_list  # type: ignore[assignment]
+    source, switch = trainer.batches(0), Switch(trainer)
     peaks: dict[str, float | None] = {}
 
-    def one_by_one(images: Iterable[Any], masks: Iterable[Any], available: Iterable[Any]) -> list[Any]:
-        return [backbone(*parts) for parts in zip(images, masks, available, strict=True)]
-
-    def update(name: str, kernel: str, forward_list: Callable[..., Any]) -> None:
-        set_backend(kernel, options.device, AUTOCAST_DTYPES.get(options.precision, torch.float32))
-        backbone.forward_list = forward_list  # type: ignore[assignment]
+    def update(name: str, way: Way) -> None:
+        switch.take(way)
         if options.on_gpu:
             torch.cuda.reset_peak_memory_stats(options.device)
         trainer.step(source)
         peaks[name] = peak_memory_gib(options.device) if options.on_gpu else None  # of a CPU only the process is known
 
-    ways = {f"{kernel}, packed": (kernel, packed) for kernel in kernels}
-    ways["plain, one forward a size"] = ("plain", one_by_one)
+    ways = {f"{kernel}, packed": Way(kernel=kernel) for kernel in kernels}
+    ways["plain, one forward a size"] = Way(kernel="plain", packed=False, needed=False)
     if options.compile:  # a compiled block keeps the kernel it was compiled with
-        ways = {f"{kernels[0]}, packed, compiled": (kernels[0], packed)}
-    steps: Parts = {name: partial(update, name, *how) for name, how in ways.items()}
+        first = Way(kernel=kernels[0])
+        ways = {
+            f"{kernels[0]}, packed": first,
+            f"{kernels[0]}, packed, compiled": replace(first, compiled=True),
+        }
+    steps: Parts = {name: partial(update, name, how) for name, how in ways.items()}
     try:
         fitting = {name: run for name, run in steps.items() if fits(run)}
-        timings = measure(fitting, options.repeat, options.device, warmup=1 if options.on_gpu else 0)
+        timings = measure(fitting, options.repeat, options.device, warmup=2 if options.on_gpu or options.compile else 0)
     finally:
-        set_backend(None, options.device)
-        del backbone.forward_list
+        switch.restore()
     rows: Rows = []
     for name in steps:
         if name not in timings:

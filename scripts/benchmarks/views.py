@@ -16,6 +16,9 @@ from medssl_cli.data.views import MultiCrop
 from medssl_cli.services.build import build_views
 from medssl_cli.services.devices import describe_device
 
+RATIOS = ((2, "rc"), (3, "colour jitter"))
+COLOURS = "crops, blur, colour jitter, grey, solarise"
+
 
 def make_next(make: MultiCrop, slices: SliceBatch, seeds: Iterator[int]) -> None:
     """The views of the next seed."""
@@ -30,13 +33,15 @@ def views(options: Options) -> Findings:
         "crops alone": ("intensity_aug=none", "blur_probs=[0,0,0]", "gamma_range=[1,1]"),
         "crops, blur, gamma": ("intensity_aug=none",),
         "crops, blur, gamma, rc": ("intensity_aug=rc",),
+        COLOURS: ("intensity_aug=color_jittering",),
     }
     for device in {"cpu": torch.device("cpu"), options.device.type: options.device}.values():
         slices = random_slices(pretrain_config(options, batch), device)
         parts: Parts = {}
         for name, overrides in changes.items():
             config = pretrain_config(options, batch, *(f"crops.{text}" for text in overrides))
-            parts[name] = partial(make_next, build_views(config, len(SEQUENCES)), slices, itertools.count())
+            sequences = 1 if name == COLOURS else len(SEQUENCES)  # one picture of three colours
+            parts[name] = partial(make_next, build_views(config, sequences), slices, itertools.count())
         with one_thread() if device.type == "cpu" else contextlib.nullcontext():
             timings = measure(parts, options.repeat, device)
         place = "one core" if device.type == "cpu" else describe_device(device)
@@ -45,7 +50,7 @@ def views(options: Options) -> Findings:
     return Findings(
         {"batch": batch, **crop_sizes(config)},
         rows,
-        {"rc / crops alone, one core, cpu": rows[2]["cpu_ms"] / rows[0]["cpu_ms"]},
+        {f"{short} / crops alone, one core, cpu": rows[i]["cpu_ms"] / rows[0]["cpu_ms"] for i, short in RATIOS},
         [
             Mark("ms a sample, crops alone, one core", times["crops alone; one core"], 14),
             Mark("ms a sample, rc, one core", times["crops, blur, gamma, rc; one core"], 150),
