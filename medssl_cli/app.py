@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -149,4 +150,19 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        _leave_group(end.code)
+        raise
+
+
+def _leave_group(code: object) -> None:
+    """End at once where an error left a process group behind: a peer may be gone, and then the group's threads, which
+    cannot be ended in order, abort the process instead of giving its exit code.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)

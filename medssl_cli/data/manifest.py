@@ -723,7 +723,8 @@ def read_table_cases(
     Args:
         path: CSV with a path column and, where known, patient, study, series and label columns. A column ``split`` that
             holds train, val or test in every row tells the split.
-        root: Folder that paths are relative to; the table's own folder if None. Paths must stay below it.
+        root: Folder that paths are relative to; if None the one that the environment variable DATASETS_DIR names, or
+            the table's own. Paths must stay below it.
         target: Column of the label.
         sequence: Name of the one sequence of each case.
         split_csv: Rows of this table as ``split`` writes them, or ids; all rows if None.
@@ -732,7 +733,7 @@ def read_table_cases(
         DataError: No path column, an empty or escaping path, two rows of one id, an id of ``split_csv`` without a row.
     """
     table = read_table(path)
-    base = path.parent if root is None else root
+    base = root or Path(os.environ.get("DATASETS_DIR") or path.parent)
     path_column = table.find(PATH_ALIASES)
     if path_column is None:
         raise DataError(
@@ -750,11 +751,23 @@ def read_table_cases(
     for row, (line, text, name) in enumerate(zip(table.lines, paths, ids, strict=True)):
         if not text:
             raise _table_fault(path, "A row has no path.", f"line {line}", "path_empty")
-        file = contained(base, _relative(base, text), "path of a table")
+        file = _table_path(path, line, base, text)
         owner = patients[row] or studies[row] or name
         files = {sequence: core.Sequence(sequence, file)}
         cases.append(Case(name, owner, files, study_uid=studies[row], label=labels[row], split=splits[row]))
     return cases if split_csv is None else _selected_rows(table, cases, split_csv)
+
+
+def _table_path(table: Path, line: int, base: Path, text: str) -> Path:
+    try:
+        return contained(base, _relative(base, text), "path of a table")
+    except DataError as error:
+        raise DataError(
+            error.what,
+            where=f"{table}, line {line}: {error.where}",
+            fix="put the table beside the files, or set DATASETS_DIR to the folder that holds them all",
+            code=error.code,
+        ) from error
 
 
 def _split_column(table: Table) -> list[str]:

@@ -189,7 +189,12 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fresh weights: linear and positions truncated normal 0.02, cls and registers normal 1e-6, mask token 0."""
+        """Fresh weights: linear and positions truncated normal 0.02, cls and registers normal 1e-6, mask token 0.
+
+        Without a table of positions nothing else lifts cls and registers above the epsilon of the first norm, and they
+        are normal 0.02, as in DINOv3.
+        """
+        std = 1e-6 if self.pos_embed is not None else 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -197,10 +202,10 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.normal_(self.cls_token, std=std)
         nn.init.zeros_(self.mask_token)
         if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
+            nn.init.normal_(self.register_tokens, std=std)
         if self.seq_embed is not None:
             nn.init.normal_(self.seq_embed)  # only the direction of a row matters
 

@@ -123,7 +123,8 @@ class Page:
             caption: Said above the table.
             anchors: One id a row, for links.
         """
-        head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
+        rows = list(rows)
+        head = "".join(_head(name, [row[i] for row in rows if i < len(row)]) for i, name in enumerate(header))
         body = []
         for i, row in enumerate(rows):
             anchor = f' id="{escaped(anchors[i])}"' if i < len(anchors) else ""
@@ -199,9 +200,20 @@ class Page:
         )
 
 
+def _head(name: str, column: Sequence[Content]) -> str:
+    """The name stands right above numbers."""
+    told = [content for content in column if content is not None]
+    kind = ' class="number"' if told and all(map(_is_number, told)) else ""
+    return f'<th scope="col"{kind}>{escaped(name)}</th>'
+
+
 def _cell(content: Content) -> str:
-    kind = ' class="number"' if isinstance(content, (int, float)) and not isinstance(content, bool) else ""
+    kind = ' class="number"' if _is_number(content) else ""
     return f"<td{kind}>{escaped(content)}</td>"
+
+
+def _is_number(content: Content) -> bool:
+    return isinstance(content, (int, float)) and not isinstance(content, bool)
 
 
 def _footer() -> str:
@@ -246,7 +258,7 @@ th{text-align:left;background:var(--panel);font-weight:600;white-space:nowrap}
 th,td{padding:.45rem .7rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:break-word}
 td{max-width:32rem}
 td:last-child{min-width:12rem}
-td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr:target,.card:target{background:var(--warning-bg)}
 figure{margin:1rem 0}
 figcaption{color:var(--soft);font-size:.9rem}

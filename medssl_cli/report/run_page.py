@@ -52,7 +52,6 @@ _PROBES = {"linear": "linear", "knn": "k-NN"}
 _SUMMARY = (
     ("student.arch", "backbone"),
     ("student.patch_size", "patch size"),
-    ("data.mri_sequences", "sequences"),
     ("crops.global_crops_size", "global crops, pixels"),
     ("crops.local_crops_size", "local crops, pixels"),
     ("crops.local_crops_number", "local crops"),
@@ -138,7 +137,7 @@ def write_run_page(run: Path, alarms: Sequence[Mapping[str, Any]] = ()) -> Path:
     _add_curves(page, folder, rows)
     _add_scores(page, folder)
     _add_files(page, run, record)
-    _add_config(page, folder.config())
+    _add_config(page, folder.config(), record)
     _add_environment(page, record)
     for fault in folder.faults:
         page.note(f"A file of the run could not be read. {fault}", "warning")
@@ -287,11 +286,13 @@ def _add_files(page: Page, run: Path, record: Mapping[str, Any]) -> None:
         page.text(joined(["How to go on:", _code(f"medssl infer CASE --model {hide_home(str(run))} --heatmap")]))
 
 
-def _add_config(page: Page, config: Mapping[str, Any]) -> None:
+def _add_config(page: Page, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if not config:
         return
     page.heading("Configuration", "configuration")
-    page.facts([(text, _say(config[key])) for key, text in _SUMMARY if key in config])
+    sequences = record.get("sequences")
+    shown = [] if sequences is None else [("images", _say(sequences) if sequences else "plain pictures")]
+    page.facts([*shown, *((text, _say(config[key])) for key, text in _SUMMARY if key in config)])
     rows = "".join(
         f"<tr><td>{_escaped(key)}</td><td>{_escaped(_say(value))}</td></tr>" for key, value in config.items()
     )

@@ -27,6 +27,9 @@ from medssl_cli.services.pretrain_request import PretrainRequest, check_request,
 from medssl_cli.services.run_folder import HeldLog, RunFolder
 from medssl_cli.services.submit import command_of, submit
 
+MOST_LOADERS = 8
+"""Loader processes that a job asks CPUs for; more seldom help."""
+
 
 def submit_job(request: PretrainRequest) -> Result:
     """The same as a job of a cluster, once everything that can be checked here is checked."""
@@ -44,6 +47,8 @@ def submit_job(request: PretrainRequest) -> Result:
         nodes=request.nodes,
         processes_per_node=request.gpus,
         with_gpus=request.device != "cpu",
+        cpus_per_process=1
+        + min(MOST_LOADERS, config.train.num_workers if request.workers is None else request.workers),
         options=request.slurm,
         really=not request.dry_run,
     )

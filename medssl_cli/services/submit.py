@@ -86,6 +86,7 @@ def submit(
     nodes: int,
     processes_per_node: int,
     with_gpus: bool,
+    cpus_per_process: int = 1,
     options: Sequence[str] = (),
     really: bool = True,
 ) -> Result:
@@ -96,6 +97,7 @@ def submit(
         out: Its run folder; the job's logs go to a folder beside it.
         nodes, processes_per_node: Size of the job.
         with_gpus: One GPU for each process.
+        cpus_per_process: For training and its loader, unless the options name cpus-per-task.
         options: KEY=VALUE of sbatch, such as ``partition=gpu`` or ``time=24:00:00``.
         really: False only says what would be queued.
 
@@ -106,6 +108,7 @@ def submit(
     started = time.time()
     given = read_options(options)
     logs = out.with_name(f"{out.name}-slurm")
+    given.setdefault("cpus_per_task", str(cpus_per_process))
     parameters = _parameters(out, given, nodes, processes_per_node, with_gpus)
     job = Job(list(command), os.getcwd())
     facts = {**result_header("pretrain", started), "submit": "slurm", "parameters": parameters, "command": job.command}
@@ -157,10 +160,9 @@ def _parameters(
         "tasks_per_node": processes_per_node,
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
         "slurm_srun_args": ["--kill-on-bad-exit=1"],  # else the others wait for the one that failed
+        "cpus_per_task": int(given["cpus_per_task"]),
         **{f"slurm_{key}": given[key] for key in ("time", "mem") if key in given},
     }
-    if "cpus_per_task" in given:
-        parameters["cpus_per_task"] = int(given["cpus_per_task"])
     if with_gpus:
         parameters["gpus_per_node"] = processes_per_node
     if rest:
@@ -178,10 +180,11 @@ def _submitit() -> Any:
             fix="pip install 'medssl[cluster]'",
             code="extra_missing",
         ) from error
-    if shutil.which("sbatch") is None:
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
         raise ResourceError(
             "There is no SLURM on this machine.",
-            where="--submit slurm: sbatch is not on the PATH",
+            where=f"--submit slurm: {' and '.join(missing)} not on the PATH",
             fix="run this on the login node of a cluster; here --gpus N trains on this machine's own GPUs",
             code="slurm_missing",
         )

@@ -327,6 +327,22 @@ def test_series_table(tmp_path: Path) -> None:
         read_table_cases(csv_file(tmp_path / "t" / "d.csv", text + "1,a,x/3.nii.gz,0\n"))
 
 
+def test_r13_paths_of_a_table_stay_below_its_folder_or_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "t").mkdir()
+    table = csv_file(tmp_path / "t/rows.csv", f"id,path\na,{tmp_path}/data/a.nii.gz\n")
+    with pytest.raises(DataError) as caught:
+        read_table_cases(table)
+    assert "line 2" in caught.value.where
+    assert "DATASETS_DIR" in caught.value.fix
+    monkeypatch.setenv("DATASETS_DIR", str(tmp_path / "data"))
+    assert [case.sequences["image"].path for case in read_table_cases(table)] == [tmp_path / "data/a.nii.gz"]
+    with pytest.raises(DataError):
+        read_table_cases(csv_file(tmp_path / "t/out.csv", "id,path\na,../a.nii.gz\n"))
+
+
 def test_detect_kind(tmp_path: Path) -> None:
     assert detect_kind(tree(tmp_path / "c", "a")) == "cases"
     assert detect_kind(images(tmp_path / "i", "a/b.png")) == "images"

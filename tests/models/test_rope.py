@@ -369,3 +369,14 @@ def test_names_bring_settings_and_given_keys_win() -> None:
         StudentConfig(norm_layer="layernorm", layernorm_eps=1e-5)
     with pytest.raises(ValueError, match="multiple of 4"):
         StudentConfig(arch="dinov3_vits16", embed_dim=36, num_heads=6)
+
+
+@pytest.mark.parametrize(("positions", "std"), [("rope", 0.02), ("none", 0.02), ("learned", 1e-6)])
+def test_cls_and_storage_tokens_start_above_the_epsilon_of_a_norm(positions: str, std: float) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=256, depth=1, num_heads=4, num_register_tokens=4, pos_embed_type=positions
+    )
+    assert model.register_tokens is not None
+    for tokens in (model.cls_token, model.register_tokens):
+        assert float(tokens.detach().std()) == pytest.approx(std, rel=0.2)

@@ -51,8 +51,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSubmitit:
     monkeypatch.setitem(sys.modules, "submitit", fake)
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/sh\nexit 1\n")
-    sbatch.chmod(0o755)
+    for name in ("sbatch", "srun"):
+        sbatch.with_name(name).write_text("#!/bin/sh\nexit 1\n")
+        sbatch.with_name(name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     return fake
 
@@ -122,7 +123,7 @@ def test_missing_sbatch_is_said(medssl: Callable[..., Any], monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
     answer = medssl("pretrain", "--out", tmp_path / "run", "--submit", "slurm")
     assert answer.exit_code == 6
-    assert "sbatch is not on the PATH" in answer.stderr
+    assert "sbatch and srun not on the PATH" in answer.stderr
 
 
 def test_options_of_sbatch_are_read_or_refused_together() -> None:
@@ -180,3 +181,26 @@ def test_a_command_that_fails_fails_the_job(tmp_path: Path) -> None:
 def test_the_command_has_a_session_of_its_own_which_signals_for_the_task_do_not_reach() -> None:
     script = "import os; raise SystemExit(0 if os.getsid(0) == os.getpid() else 1)"
     assert Job([sys.executable, "-c", script], os.getcwd())() == 0
+
+
+def test_the_real_submitit_writes_a_batch_script(
+    medssl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("submitit")
+    script = tmp_path / "bin/sbatch"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/batch.sh\necho Submitted batch job 4711\n')
+    script.with_name("srun").write_text("#!/bin/sh\nexit 1\n")
+    for each in (script, script.with_name("srun")):
+        each.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    words = ("--submit", "slurm", "--nodes", 2, "--gpus", 4, "--slurm", "partition=gpu", "--slurm", "time=24:00:00")
+    answer = medssl("pretrain", "--config", "demo", "--data", tmp_path, "--out", tmp_path / "run", *words)
+    assert answer.exit_code == 0, answer.stderr
+    assert "job 4711 is in the queue" in answer.stdout
+    text = (tmp_path / "batch.sh").read_text()
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--time=24:00:00",
+                 f"--signal=USR2@{SIGNAL_DELAY_S}", "--cpus-per-task=9"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in text
+    assert "srun" in text
+    assert "--kill-on-bad-exit=1" in text
