@@ -1,4 +1,4 @@
-"""medssl pretrain: self-supervised training of a backbone on a case tree or an image tree."""
+"""medssl pretrain: self-supervised training of a backbone on volumes or pictures, on one device or many."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,8 @@ def run(
     ] = None,
     config: Annotated[str | None, typer.Option(help="Path of a YAML or JSON file, or the name of a recipe.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Case tree or image tree; default: data.root of the config.")
+        Path | None,
+        typer.Option(help="Case tree, image tree, series table or another layout; default: data.root of the config."),
     ] = None,
     split_csv: Annotated[Path | None, typer.Option(help="CSV of the cases to train on.")] = None,
     out: Annotated[
@@ -59,7 +60,7 @@ def run(
         str | None, typer.Option(help="A case that cannot be read: stop, or skip and list it. [default: stop]")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything, run one step, print estimates, write nothing.")
+        bool, typer.Option("--dry-run", help="Build everything, run a few steps, print estimates, write nothing.")
     ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Five steps on up to four cases; writes nothing.")] = False,
     allow_config_change: Annotated[
@@ -73,8 +74,10 @@ def run(
     if list_configs:
         from medssl_cli.core.config import list_recipes
 
-        for name, line in list_recipes("pretrain"):
-            typer.echo(f"{name:<18} {line}")
+        recipes = list_recipes("pretrain")
+        widest = max(len(name) for name, _ in recipes)
+        for name, line in recipes:
+            typer.echo(f"{name:<{widest}}  {line}")
         return
     from medssl_cli.commands.progress import progress_bar
     from medssl_cli.services.pretrain import PretrainRequest, pretrain

@@ -81,6 +81,8 @@ class EvaluationConfig(Config):
     """Neighbours that vote."""
     c_values: int = Field(default=45, ge=1, le=45)
     """Values of C, log-spaced from 1e-6 to 1e5, among which logistic regression chooses; 1 takes C = 1."""
+    tokens: Literal["cls", "mean", "cls_mean"] = "cls"
+    """What the probes see of an image: the cls token, the mean patch token, or both end to end."""
     slices: PositiveInt = 1
     """Axial slices of a volume: 1 takes the one with most region of interest, or the middle one; more are evenly spaced
     and their embeddings averaged."""

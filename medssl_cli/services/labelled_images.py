@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medssl_cli.core.case import Case
+from medssl_cli.core.protocols import Features
 from medssl_cli.core.volume import AXIAL
 from medssl_cli.data.datasets import (
     DataConfig,
@@ -32,6 +34,7 @@ from medssl_cli.data.store import SliceFacts, Store
 from medssl_cli.services.backbone import Backbone
 
 Autocast = Callable[[], AbstractContextManager[object]]
+Tokens = Literal["cls", "mean", "cls_mean"]
 
 
 class EvenSlices(SliceDataset):
@@ -106,12 +109,20 @@ class LabelledImages:
         slices: Of a volume; see ``EvenSlices``.
         max_side: Longer side of a picture in pixels.
         batch_size: Images computed together; memory does not grow with the number of cases beyond their embeddings.
+        tokens: What an image's embedding is made of: the cls token, the mean patch token, or both end to end.
     """
 
     def __init__(
-        self, store: Store, data: DataConfig, *, slices: int = 1, max_side: int = 518, batch_size: int = 32
+        self,
+        store: Store,
+        data: DataConfig,
+        *,
+        slices: int = 1,
+        max_side: int = 518,
+        batch_size: int = 32,
+        tokens: Tokens = "cls",
     ) -> None:
-        self.store, self.max_side, self.batch_size = store, max_side, batch_size
+        self.store, self.max_side, self.batch_size, self.tokens = store, max_side, batch_size, tokens
         self.dataset = EvenSlices(store, data, slices) if store.kind == "volumes" else ImageDataset(store)
         self._place = {case_id: place for place, case_id in enumerate(store.case_ids())}
 
@@ -138,7 +149,7 @@ class LabelledImages:
         autocast: Autocast,
         shown: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """cls tokens of the cases, averaged over their slices, (N, D) float32.
+        """Embeddings of the cases, averaged over their slices, (N, D) float32; (N, 2D) for cls and mean.
 
         Args:
             cases: Each prepared.
@@ -150,7 +161,7 @@ class LabelledImages:
         Raises:
             DataError: A prepared file is missing or damaged; names the case.
         """
-        sums_ND = np.zeros((len(cases), backbone.model.embed_dim))
+        sums_ND = np.zeros((len(cases), backbone.model.embed_dim * (1 + (self.tokens == "cls_mean"))))
         counts_N = np.zeros(len(cases))
         for images in self._batches(cases, backbone):
             samples = [self.dataset[image.key] for image in images]
@@ -158,11 +169,18 @@ class LabelledImages:
             masks = self._masks([cases[image.row] for image in images], shown)
             with autocast():
                 seen = backbone.to_network(stack, images[0].size)
-                cls_BD = backbone.model(seen, None, None if masks is None else masks.to(backbone.device)).cls_BD
-            for image, row_D in zip(images, cls_BD.float().cpu().numpy(), strict=True):
+                features = backbone.model(seen, None, None if masks is None else masks.to(backbone.device))
+            for image, row_D in zip(images, self._pooled(features).cpu().numpy(), strict=True):
                 sums_ND[image.row] += row_D
                 counts_N[image.row] += 1
         return (sums_ND / counts_N[:, None]).astype(np.float32)
+
+    def _pooled(self, features: Features) -> Tensor:
+        """(B, D) float32, or (B, 2D)."""
+        parts = [] if self.tokens == "mean" else [features.cls_BD.float()]
+        if self.tokens != "cls":
+            parts.append(features.patches_BND.float().mean(1))
+        return torch.cat(parts, dim=1)
 
     def _batches(self, cases: Sequence[Case], backbone: Backbone) -> Iterator[list[_Image]]:
         """Images of one size together."""

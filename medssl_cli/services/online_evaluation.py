@@ -65,6 +65,7 @@ from medssl_cli.services.lookup import FoundModel
 log = logging.getLogger(__name__)
 
 FOLDER = "eval"
+_TOKENS = {"cls": "cls token", "mean": "mean patch token", "cls_mean": "cls and mean patch token"}
 BEST_WEIGHTS = "teacher_checkpoint.safetensors"
 RANDOM_SUBSET = "random"
 _OLD_BEST = ".best-before"
@@ -120,7 +121,14 @@ def prepare_evaluation(
     labelled = read_labelled_data(config, data)
     data = labelled.config
     store = prepare_store(labelled.cases, data, cache, kind=labelled.kind, workers=workers, progress=progress)
-    images = LabelledImages(store, data, slices=config.slices, max_side=config.max_side, batch_size=config.batch_size)
+    images = LabelledImages(
+        store,
+        data,
+        slices=config.slices,
+        max_side=config.max_side,
+        batch_size=config.batch_size,
+        tokens=config.tokens,
+    )
     return OnlineEvaluation(
         config=config,
         data=data,
@@ -378,12 +386,13 @@ class OnlineEvaluation:
         )
 
     def _say_images(self) -> str:
+        tokens = _TOKENS[self.config.tokens]
         if self.labelled.kind == "images":
-            return f"cls token of the whole picture, longer side at most {self.config.max_side} pixels"
+            return f"{tokens} of the whole picture, longer side at most {self.config.max_side} pixels"
         which = "the axial slice with most region of interest, or the middle one"
         if self.config.slices > 1:
             which = f"the mean over {self.config.slices} axial slices"
-        return f"cls token of {which}, in the training window of {self.data.spatial_size} pixels"
+        return f"{tokens} of {which}, in the training window of {self.data.spatial_size} pixels"
 
     def _write(self, folder: Path, results: Mapping[str, Any], missing: Mapping[str, Mapping[str, Any]]) -> None:
         """Subsets first: a step counts as scored once its own results are there."""

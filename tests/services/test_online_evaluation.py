@@ -144,6 +144,18 @@ def test_w21_batches_and_slices_do_not_change_whose_features_are_whose(make: Mak
     np.testing.assert_array_equal(b, again)  # also of a model in training mode
 
 
+def test_the_probes_see_cls_mean_or_both(make: Make) -> None:
+    model = teacher()
+    cases = make().labelled.cases
+    found = {}
+    for tokens in ("cls", "mean", "cls_mean"):
+        scores = make(tokens=tokens)
+        found[tokens] = scores.images.embed(cases, scores._backbone(model, 0), nullcontext)
+        assert tokens.split("_")[-1] in scores._say_images()
+    np.testing.assert_array_equal(found["cls_mean"], np.concatenate([found["cls"], found["mean"]], axis=1))
+    assert not np.allclose(found["cls"], found["mean"])
+
+
 def test_several_slices_are_spread_over_the_region_of_interest_and_averaged(make: Make) -> None:
     evaluation, model = make(slices=3), teacher()
     dataset = evaluation.images.dataset

@@ -214,9 +214,7 @@ def test_r03_a_full_disk_names_path_and_bytes_and_costs_nothing(
     script += "cat run.json; for d in checkpoints/step_*; do echo; echo $d; ls $d | wc -l; done; ls -a checkpoints"
     answer = subprocess.run([*mounted, "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert "code 6" in answer.stdout, answer.stdout + answer.stderr
-    assert re.search(
-        rf"where: {disk}/run/\S+: No space left on device, [\d,]+ bytes (needed|free)", answer.stderr
-    )
+    assert re.search(rf"where: {disk}/run/\S+: No space left on device, [\d,]+ bytes (needed|free)", answer.stderr)
     assert re.search(r"checkpoints/step_\d+\n3\n", answer.stdout), "the checkpoints before are whole"
     assert ".tmp-" not in answer.stdout
 
