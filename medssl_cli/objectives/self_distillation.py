@@ -312,11 +312,13 @@ def expected_first_loss(
     n_sequences: int,
     teacher_temperature: float = 0.04,
     layerscale: float = 1e-5,
+    centering: CenteringName = "centering",
 ) -> dict[str, float]:
     """What each weighted term should be about at the first step, before anything is learned.
 
     Random networks give nearly the same cls token to every view, so the mean over the 2n + 2 pairs of views is what
-    ``cross_entropy_of_equals`` says, of which the n local crops hold 2n / (2n + 2). A hidden token tells a random
+    ``cross_entropy_of_equals`` says, of which the n local crops hold 2n / (2n + 2). Sinkhorn-Knopp shares equal rows
+    out over all prototypes, so there it is what ``cross_entropy_of_uniform`` says. A hidden token tells a random
     student next to nothing of the patch that the teacher sees there: iBOT, averaged over all global crops, is ln K
     times the share of crops that hold masked tokens. KoLeo is -ln(distance) of nearest neighbours: the cls tokens of
     two images differ only by what the blocks add, in proportion to the layer scale, so it is about -ln(layer scale)
@@ -330,13 +332,16 @@ def expected_first_loss(
         n_sequences: Of a case; 1 for plain pictures.
         teacher_temperature: At the first step.
         layerscale: Of the backbone; 0 stands for none.
+        centering: How teacher logits become targets.
 
     Returns:
         The terms that ``SelfDistillation.losses`` returns with the same settings, without labels.
     """
     terms: dict[str, float] = {}
     if dino.loss_weight:
-        pair = cross_entropy_of_equals(dino.head_n_prototypes, dino.head_bottleneck_dim, teacher_temperature)
+        shape = (dino.head_n_prototypes, dino.head_bottleneck_dim)
+        balanced = centering == "sinkhorn_knopp"
+        pair = cross_entropy_of_uniform(*shape) if balanced else cross_entropy_of_equals(*shape, teacher_temperature)
         each = dino.loss_weight * pair / (local_crops_number + 1)
         if local_crops_number:
             terms["dino_local_crops_loss"] = each * local_crops_number
@@ -356,14 +361,25 @@ def cross_entropy_of_equals(prototypes: int, bottleneck_dim: int, teacher_temper
     the temperatures 0.1 and T the value is ln K + ln E[exp(x / 0.1)] - E[x exp(x / T)] / (0.1 E[exp(x / T)]); for wide
     bottlenecks that is ln K + 1/(0.02 d) - 1/(0.1 T d), 0.8 below ln K for d = 256 and T = 0.04.
     """
+    x, log_density = _cosines(prototypes, bottleneck_dim)
+    student = math.log(prototypes) + (log_density + x / STUDENT_TEMPERATURE).logsumexp(0)
+    seen = ((log_density + x / teacher_temperature).softmax(0) * x).sum()
+    return float(student - seen / STUDENT_TEMPERATURE)
+
+
+def cross_entropy_of_uniform(prototypes: int, bottleneck_dim: int) -> float:
+    """Expected cross-entropy of a random head with uniform targets: ln K + ln E[exp(x / 0.1)], as E[x] is 0."""
+    x, log_density = _cosines(prototypes, bottleneck_dim)
+    return math.log(prototypes) + float((log_density + x / STUDENT_TEMPERATURE).logsumexp(0))
+
+
+def _cosines(prototypes: int, bottleneck_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines between random directions and the logarithm of their density; see ``cross_entropy_of_equals``."""
     x = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[1:-1]
     log_density = 0.5 * (bottleneck_dim - 3) * torch.log1p(-x * x)
     log_density = log_density - log_density.logsumexp(0)
     beyond = log_density.exp().flip(0).cumsum(0).flip(0)
-    x, log_density = x[beyond * prototypes > 0.5], log_density[beyond * prototypes > 0.5]
-    student = math.log(prototypes) + (log_density + x / STUDENT_TEMPERATURE).logsumexp(0)
-    seen = ((log_density + x / teacher_temperature).softmax(0) * x).sum()
-    return float(student - seen / STUDENT_TEMPERATURE)
+    return x[beyond * prototypes > 0.5], log_density[beyond * prototypes > 0.5]
 
 
 def normalised_entropy(probabilities_MK: Tensor) -> float:

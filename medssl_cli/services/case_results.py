@@ -106,10 +106,11 @@ class CaseResults:
         page.write(self.folder / "report.html")
 
     def pictures(self) -> CasePictures:
-        """The slices as they are looked at, of the sequences that exist."""
+        """The slices as they are looked at, of the sequences that exist, or of the windows of the only one."""
         planes = self.planes
         is_volume = planes.prepared is not None
-        names = tuple(name for name in self.backbone.sequences if name in self.case.sequences)
+        windows = tuple(name for name, _, _ in self.backbone.windows_hu) if is_volume else ()
+        names = windows or tuple(name for name in self.backbone.sequences if name in self.case.sequences)
         keep = np.flatnonzero(planes.available_S) if len(planes.available_S) > 1 else slice(None)
         return CasePictures(
             names=names,
@@ -117,7 +118,7 @@ class CaseResults:
             count=len(planes),
             spacing=planes.spacing,
             orientation=self.backbone.preprocess.orientation if is_volume else None,
-            colour=self.backbone.model.sequences is None,
+            colour=self.backbone.model.sequences is None and not windows,
             heat=self.heat,
         )
 

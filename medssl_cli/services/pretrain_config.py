@@ -78,6 +78,8 @@ VOLUMES_ONLY = (
     "data.as_pictures",
     "crops.crop_from_tumor_foreground",
     "student.use_mri_seq_embed",
+    "evaluation.slices",
+    "evaluation.missing_sequences",
 )
 """Keys that mean nothing for plain pictures."""
 
@@ -174,7 +176,9 @@ class PretrainConfig(Config):
         # in place, while it is being made: pydantic ignores another instance that a validator returns to a constructor
         self.__dict__["data"] = self.data.model_copy(update=update)
         if self.data.modality:
-            self.__dict__["crops"] = _normalised(self.crops, resolve_modality(self.data.modality))
+            modality = resolve_modality(self.data.modality)
+            self._notes += _other_statistics(self.crops, modality)
+            self.__dict__["crops"] = _normalised(self.crops, modality)
         return self
 
     @model_validator(mode="after")
@@ -207,7 +211,7 @@ class PretrainConfig(Config):
     def warnings(self) -> list[str]:
         """Settings that have no effect, in words."""
         found = [*self._notes, head_warning(self.dino, self.ibot), mask_warning(self.ibot, self.train.centering)]
-        found += [*self.evaluation.warnings(), self._unused_sharding()]
+        found += [*self.evaluation.warnings(), self._unused_sharding(), self._unused_labels(), self._unused_role()]
         if not self.teacher.init_with_student_weights:
             found.append(
                 "No effect: teacher.init_with_student_weights: the teacher always starts as a copy of the student."
@@ -232,6 +236,18 @@ class PretrainConfig(Config):
         if not named or compute.parallel == "fsdp":
             return None
         return f"No effect without compute_precision.parallel=fsdp: {', '.join(named)}; precision is the number format."
+
+    def _unused_labels(self) -> str | None:
+        semi = self.semi_supervised
+        named = [f"semi_supervised.{name}" for name in ("target", "labels") if getattr(semi, name)]
+        if not named or semi.loss_weight:
+            return None
+        return f"No effect: {', '.join(named)}: semi_supervised.loss_weight is 0."
+
+    def _unused_role(self) -> str | None:
+        if self.MODEL.init_from == "teacher" or self.initial_weights is not None:
+            return None
+        return f"No effect: MODEL.init_from {self.MODEL.init_from}: no weights are named (--init)."
 
     @property
     def position_side(self) -> int:
@@ -259,6 +275,14 @@ def _normalised(crops: CropsConfig, modality: Modality) -> CropsConfig:
     """The crops with the modality's mean and standard deviation, where none were given."""
     known = {"mean": modality.mean, "std": modality.std}
     return crops.model_copy(update={name: value for name, value in known.items() if name not in crops.model_fields_set})
+
+
+def _other_statistics(crops: CropsConfig, modality: Modality) -> list[str]:
+    known = {"mean": modality.mean, "std": modality.std}
+    other = [f"crops.{key}" for key in known if key in crops.model_fields_set and getattr(crops, key) != known[key]]
+    if not other:
+        return []
+    return [f"{' and '.join(other)}: the values given count, not those of data.modality {modality.name}."]
 
 
 def dataset_string_as_overrides(text: str) -> list[str]:

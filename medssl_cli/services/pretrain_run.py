@@ -257,6 +257,7 @@ def _expectation(config: PretrainConfig, n_sequences: int, teacher_temperature: 
         n_sequences=n_sequences,
         teacher_temperature=teacher_temperature,
         layerscale=config.student.layerscale,
+        centering=config.train.centering,
     )
     terms = ", ".join(f"{name.removesuffix('_loss')} {value:.1f}" for name, value in expected.items())
     return f"expected first loss about {sum(expected.values()):.1f} ({terms})"
