@@ -332,7 +332,7 @@ def contained(root: Path, relative: str | Path, what: str = "path") -> Path:
             fault = f"it leaves {root}"
     if fault:
         raise DataError(
-            f"A {what} was refused.",
+            f"The {what} was refused.",
             where=f"{text[:120]!r}: {fault}",
             fix="use names below the data root, without .. and without links that lead out of it",
             code="path_escapes",

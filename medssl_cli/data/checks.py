@@ -21,7 +21,15 @@ from medssl_cli.core.case import Case
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import GRID_TOLERANCE_MM, Volume, affine_spacing, grid_difference
 from medssl_cli.core.wording import counted
-from medssl_cli.data.images import ImageHeader, check_finite, is_image, read_header, read_image, read_volume
+from medssl_cli.data.images import (
+    ImageHeader,
+    check_finite,
+    is_image,
+    read_header,
+    read_image,
+    read_volume,
+    refuse_absent_volume,
+)
 from medssl_cli.data.manifest import IMAGE, Ids, Owner, read_case
 from medssl_cli.data.npy import GEOMETRY_NOTE, is_npy, npy_kind
 from medssl_cli.data.sequences import choose_sequence
@@ -147,11 +155,17 @@ def check_named_case(case: Case, rules: CaseRules, root: Path) -> CheckedCase:
     return checked
 
 
-def check_case(case: Case, rules: CaseRules | None = None) -> CheckedCase:
-    """One row of a series table or one image: every file that it names. Of the rules, the window in HU counts."""
+def check_case(case: Case, rules: CaseRules | None = None, *, only_pictures: bool = False) -> CheckedCase:
+    """One row of a series table or one image: every file that it names.
+
+    Args:
+        case: The files.
+        rules: The window in HU counts.
+        only_pictures: As in an image tree, where a volume is an error, because training reads pictures there.
+    """
     checked = CheckedCase(case)
     for sequence in case.sequences.values():
-        if _is_picture(sequence.path):
+        if only_pictures or _is_picture(sequence.path):
             _check_picture(checked, sequence)
         else:
             header = _check_volume(checked, sequence)
@@ -333,6 +347,7 @@ def _refuse_shape(header: ImageHeader, sequence: core.Sequence) -> None:
         raise _refused(header, "The file holds a plane, not a volume.", "volume_2d", f"{header.n_axes} axes, {size}")
     if min(header.shape[:3]) < 2:
         raise _refused(header, "The volume is one voxel thick.", "axis_single", size)
+    refuse_absent_volume(header.path, header.shape[3] if len(header.shape) == 4 else 1, sequence.volume_index)
     if len(header.shape) == 4 and sequence.volume_index is None:
         raise _refused(header, "The file is 4-D where one volume is expected.", "volume_4d", size)
 

@@ -102,10 +102,11 @@ def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
         ``check_finite`` or the caller decides.
 
     Raises:
-        DataError: As ``read_header``; also fewer or more bytes than the header promises.
+        DataError: As ``read_header``; also fewer or more bytes than the header promises, or too few volumes.
     """
     header = read_header(path)
     if is_npy(path):
+        refuse_absent_volume(path, 1, volume_index)
         return Volume(read_npy_volume(path), header.affine)
     expected = int(np.prod(header.shape, dtype=np.int64)) * header.dtype.itemsize
     data = _read_all(path, limit=expected + 2**20)
@@ -120,11 +121,27 @@ def read_volume(path: Path, *, volume_index: int | None = None) -> Volume:
     except Exception as error:  # nibabel raises many kinds for a damaged file
         raise _fault(path, "The image is shorter than its header says.", "nifti_truncated", str(error)) from error
     array = _scaled(array, header)
+    refuse_absent_volume(path, header.shape[3] if array.ndim == 4 else 1, volume_index)
     if volume_index is not None and array.ndim == 4:
         array = array[..., volume_index]
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     return Volume(np.ascontiguousarray(array.T), header.affine)
+
+
+def refuse_absent_volume(path: Path, count: int, volume_index: int | None) -> None:
+    """Refuse a volume that a file of ``count`` volumes does not have, rather than take another one for it.
+
+    Raises:
+        DataError: ``volume_index`` is beyond the last.
+    """
+    if volume_index is not None and not 0 <= volume_index < count:
+        raise DataError(
+            "A 4-D file with more volumes was expected.",
+            where=f"{path}: {count} volume{'s' * (count > 1)}, number {volume_index} is asked for, counted from 0",
+            fix="name as many channels in dataset.json as the file has volumes, or leave the case out",
+            code="volume_absent",
+        )
 
 
 def write_volume(path: Path, volume: Volume) -> None:

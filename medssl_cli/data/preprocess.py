@@ -24,7 +24,7 @@ from medssl_cli.core.case import Case, Sequence
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing, grid_difference
-from medssl_cli.data.images import check_finite, read_image, read_volume
+from medssl_cli.data.images import check_finite, read_image, read_volume, refuse_absent_volume
 from medssl_cli.data.resample import Grid, coverage, is_whole, resample_to
 
 log = logging.getLogger(__name__)
@@ -311,14 +311,14 @@ def _checked(volume: Volume, path: Path) -> Volume:
 
 
 def _as_3d(volume: Volume, sequence: Sequence) -> Volume:
+    count = volume.array.shape[0] if volume.array.ndim == 4 else 1
+    refuse_absent_volume(sequence.path, count, sequence.volume_index)
     if volume.array.ndim == 3:
         return volume
-    count = volume.array.shape[0]
-    if sequence.volume_index is None or not 0 <= sequence.volume_index < count:
-        chosen = "" if sequence.volume_index is None else f", number {sequence.volume_index} is asked for"
+    if sequence.volume_index is None:
         raise DataError(
             "The image is 4-D where one volume is expected.",
-            where=f"{sequence.path}: {count} volumes{chosen}",
+            where=f"{sequence.path}: {count} volumes",
             fix="split it by b-value with `medssl convert dicom`, or put its .bval file beside it",
             code="volume_4d",
         )

@@ -49,6 +49,8 @@ def accelerate(
     device: torch.device,
     precision: PrecisionName,
     steps: int,
+    *,
+    sharded: bool = False,
 ) -> list[str]:
     """Compile the blocks of an objective's networks, as far as the configuration and the machine allow.
 
@@ -62,6 +64,7 @@ def accelerate(
         device: Where the run computes.
         precision: Number format of the run.
         steps: Updates that are still to come.
+        sharded: The networks are to be sharded over several processes.
 
     Returns:
         Lines for the log.
@@ -69,7 +72,7 @@ def accelerate(
     Raises:
         ConfigError: CUDA graphs are asked for where there can be none.
     """
-    _check_cudagraphs(config, device)
+    _check_cudagraphs(config, device, sharded)
     wanted, reason = _wants_compile(config, device, precision, steps)
     if not wanted:
         return [f"compile: off ({reason})"]
@@ -79,7 +82,7 @@ def accelerate(
         if blocks or config.compile is True:  # else nobody asked, and nothing is lost
             log.warning("The blocks are not compiled: %s.", missing)
         return [f"compile: off ({missing})"]
-    _raise_recompile_limit()
+    _set_compiler_up()
     fallback = _Fallback([block.module for block in blocks])
     for block in blocks:
         if block.same_shapes:
@@ -87,9 +90,7 @@ def accelerate(
             block.module.compile(dynamic=False, **({"mode": "reduce-overhead"} if graphs else {}))
         else:
             block.module.compile()  # from the second number of tokens on one graph serves all
-        fallback.guard(block.module)
-    if config.cudagraphs:
-        _mark_steps(objective)
+        fallback.guard(block.module, begins_pass=config.cudagraphs and block.is_teacher and block.is_first)
     return [
         f"compile: {len(blocks)} blocks ({reason}); the first steps take longer",
         *(["CUDA graphs: the teacher's blocks"] if config.cudagraphs else []),
@@ -133,7 +134,7 @@ def _wants_compile(
     return True, "auto"
 
 
-def _check_cudagraphs(config: AccelerationConfig, device: torch.device) -> None:
+def _check_cudagraphs(config: AccelerationConfig, device: torch.device, sharded: bool) -> None:
     if not config.cudagraphs:
         return
     if device.type != "cuda":
@@ -150,6 +151,13 @@ def _check_cudagraphs(config: AccelerationConfig, device: torch.device) -> None:
             fix="set train.compile=true, or drop train.cudagraphs",
             code="cudagraphs_need_compile",
         )
+    if sharded:
+        raise ConfigError(
+            "CUDA graphs need parameters that stay in their place.",
+            where="train.cudagraphs: true, compute_precision.parallel: fsdp, which gathers them anew in each pass",
+            fix="drop train.cudagraphs, or set compute_precision.parallel=ddp",
+            code="cudagraphs_need_whole_parameters",
+        )
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -162,11 +170,13 @@ class _BlockOf:
     Args:
         module: The block.
         is_teacher: It never sees a gradient.
+        is_first: A pass begins with it.
         same_shapes: Its tensors have one shape in all steps; the last block may be asked for some tokens only.
     """
 
     module: nn.Module
     is_teacher: bool
+    is_first: bool
     same_shapes: bool
 
 
@@ -177,7 +187,7 @@ def _blocks(objective: nn.Module) -> list[_BlockOf]:
         blocks = list(getattr(network, "flat_blocks", tuple)())
         for block in blocks:
             varies = block is blocks[-1] and hasattr(network, "forward_needed")
-            found.setdefault(id(block), _BlockOf(block, _is_teacher(name), not varies))
+            found.setdefault(id(block), _BlockOf(block, _is_teacher(name), block is blocks[0], not varies))
     return list(found.values())
 
 
@@ -185,22 +195,14 @@ def _is_teacher(name: str) -> bool:
     return "teacher" in name.split(".")
 
 
-def _raise_recompile_limit() -> None:
+def _set_compiler_up() -> None:
     import torch._dynamo  # two seconds at every start, if it stood at the top
 
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, GRAPHS_A_BLOCK)
-
-
-def _mark_steps(objective: nn.Module) -> None:
-    """Tell PyTorch where a pass begins, after which the outputs of the one before may be written over."""
-
-    def begin(*_: object) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-
-    for name, network in objective.named_modules():
-        if _is_teacher(name) and hasattr(network, "flat_blocks"):
-            network.register_forward_pre_hook(begin)
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS_A_BLOCK)
+    # under DDP, graphs are cut at the borders of the gradient buckets: needless where each block is a graph of its own,
+    # and the cutting fails at numbers of tokens that vary
+    settings.optimize_ddp = False
 
 
 _SLOT = "_compiled_call_impl"
@@ -217,13 +219,21 @@ class _Fallback:
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks = blocks
 
-    def guard(self, block: nn.Module) -> None:
-        """Put the guarded call in the place of the compiled one."""
+    def guard(self, block: nn.Module, *, begins_pass: bool = False) -> None:
+        """Put the guarded call in the place of the compiled one.
+
+        Args:
+            block: Compiled.
+            begins_pass: Tell PyTorch that a pass begins here, after which the outputs that CUDA graphs gave in the one
+                before may be written over. Not a hook of the network: it is called by several names.
+        """
         compiled = getattr(block, _SLOT)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             from torch._dynamo.exc import TorchDynamoException
 
+            if begins_pass:
+                torch.compiler.cudagraph_mark_step_begin()
             try:
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:

@@ -628,7 +628,7 @@ class Sharded:
             raise ValueError(f"parameters outside the trained modules are not sharded: {loose[:5]}")
         # features are views of the last block's tokens; nothing here changes them in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        self._objective, self._trained = cast(Objective, objective), trained
+        self._objective, self._trained, self._device = cast(Objective, objective), trained, device
 
     def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
         """As the objective says; the modules gather their parameters by themselves."""
@@ -645,13 +645,13 @@ class Sharded:
                 _free_gathered(module)  # a frozen module has no backward pass that would do it
 
     def whole(self, module: nn.Module) -> nn.Module | None:
-        """A copy on the CPU, in the first process."""
+        """A copy on the device, in the first process; gathered on the CPU."""
         state = whole_state(module)
         if rank():
             return None
         copy_ = copy.deepcopy(self._skeletons[id(module)])
         copy_.load_state_dict(state, assign=True)
-        return copy_.requires_grad_(False).eval()
+        return copy_.requires_grad_(False).eval().to(self._device)  # to be evaluated: the other processes wait for it
 
 
 def refuse_uneven_sharding(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medssl_cli.core.protocols import SliceBatch
 from medssl_cli.core.wording import counted
+from medssl_cli.engine.distributed import world_size
 from medssl_cli.engine.memory import GIB, MARGIN, MemoryReport, first_samples, fit_line, memory_limit, peak_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Estimate:
 
     Args:
         step_images_per_s: Images of an update over its median time, all processes together.
-        loader_images_per_s: What the loader alone gives; None if it was not measured.
+        loader_images_per_s: What the loaders alone give, all processes together; None if it was not measured.
         steps: Updates of the whole run.
         samples_per_step: Images of an update, all processes together.
         batch: Samples of a micro-batch.
@@ -47,7 +48,7 @@ class Estimate:
         cases: Of the whole run.
         cache_bytes: Size of the prepared store of all cases.
         first_losses: Terms of the first step.
-        workers: Loader processes.
+        workers: Loader processes, of all processes together.
     """
 
     step_images_per_s: float
@@ -145,7 +146,7 @@ def estimate(
         steps: Updates of the whole run.
         cases: Of the whole run.
         cache_bytes: Size of the prepared store of all cases.
-        workers: Loader processes.
+        workers: Loader processes of this process.
         prefetch: Batches that each of them keeps ready.
 
     Raises:
@@ -163,7 +164,7 @@ def estimate(
         _close(source)
     return Estimate(
         step_images_per_s=fits[-1].images_per_s,
-        loader_images_per_s=loader_rate,
+        loader_images_per_s=None if loader_rate is None else loader_rate * world_size(),  # all were at it just now
         steps=steps,
         samples_per_step=samples_per_step,
         batch=batch,
@@ -172,7 +173,7 @@ def estimate(
         largest_batch=_largest(peaks, limit),
         cases=cases,
         cache_bytes=cache_bytes,
-        workers=workers,
+        workers=workers * world_size(),
         first_losses=fits[0].last_losses,
     )
 

@@ -155,6 +155,10 @@ class HealthMonitor:
     def refuse(self, alarms: list[Alarm], last_good: str) -> None:
         """Stop the run if it was asked for and one of the alarms is a collapse.
 
+        Args:
+            alarms: New ones.
+            last_good: Names the last good checkpoint.
+
         Raises:
             CollapseError: Naming the figure and the last good checkpoint.
         """

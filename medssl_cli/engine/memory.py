@@ -14,7 +14,8 @@ import logging
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -262,6 +263,27 @@ def first_samples(slices: SliceBatch, samples: int) -> SliceBatch:
         raise ValueError(f"{samples} samples of a batch of {len(slices.images_BSHW)}")
     parts = {each.name: getattr(slices, each.name) for each in fields(slices)}
     return replace(slices, **{name: part[:samples] for name, part in parts.items() if part is not None})
+
+
+@contextmanager
+def saying_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Around everything else than steps, which know what would fit: say that memory ran out.
+
+    Raises:
+        ResourceError: In place of what an allocator raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            "The device has not enough memory." if device.type == "cuda" else "There is not enough memory.",
+            where=f"{device}: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            fix="free memory, or take a smaller backbone, fewer prototypes or, on several GPUs, "
+            "compute_precision.parallel=fsdp",
+            code="out_of_memory",
+        ) from error
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------

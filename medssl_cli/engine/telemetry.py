@@ -119,12 +119,21 @@ class Telemetry:
 
             self._writer = SummaryWriter(log_dir=str(self.out / "tb"), purge_step=step + 1)
 
-    def record(self, record: StepRecord, health: Callable[[], Mapping[str, float]]) -> None:
+    def record(
+        self,
+        record: StepRecord,
+        health: Callable[[], Mapping[str, float]],
+        last_good: Callable[[], str] = lambda: "nothing is saved here",
+    ) -> None:
         """Take note of one update and write a line when one is due.
 
         Args:
             record: The update.
             health: Figures of the objective; called only for a line, since it may wait for the device.
+            last_good: Names the last checkpoint; called only with an alarm.
+
+        Raises:
+            CollapseError: The run is to be stopped by its figures, and they are bad.
         """
         self._times["iter_time"].append(record.seconds)
         self._times["data_time"].append(record.data_seconds)
@@ -136,7 +145,7 @@ class Telemetry:
             line = self._line(record, health())
             self._write(line)
             self._console.info(console_line(line, self.total_steps))
-            self._check_health(line)
+            self._check_health(line, last_good)
 
     def checkpoint(self) -> dict[str, Any]:
         """Make the lines so far durable, write them keyed by step too, and give the state to be saved."""
@@ -180,6 +189,7 @@ class Telemetry:
                 "wd": values["wd"],
                 "mom": values["momentum"],
                 "teacher_temp": values["teacher_temp"],
+                **{name: values[name] for name in ("teacher_patch_temp",) if name in values},
                 "last_layer_lr": values["last_layer_lr"],
                 "backbone_frozen": bool(values.get("backbone_frozen", 0.0)),
                 "current_batch_size": record.images,
@@ -199,11 +209,12 @@ class Telemetry:
                 if name != "iteration" and isinstance(value, (int, float)):
                     self._writer.add_scalar(_tag(name), value, line["iteration"])
 
-    def _check_health(self, line: Mapping[str, Any]) -> None:
+    def _check_health(self, line: Mapping[str, Any], last_good: Callable[[], str]) -> None:
         alarms = self.monitor.check(line["iteration"], line)
         for alarm in alarms:
             self._console.warning("%s", alarm)
-        self.monitor.refuse(alarms, "the checkpoints before this step are intact")
+        if alarms:
+            self.monitor.refuse(alarms, last_good())
 
 
 def console_line(line: Mapping[str, Any], total_steps: int) -> str:

@@ -155,7 +155,7 @@ class Trainer:
         if self.telemetry is not None:
             self.telemetry.start(self.steps_done, self._telemetry_state)
         try:
-            with StopSignal() as stop, self._say_out_of_memory():
+            with StopSignal() as stop, self.say_out_of_memory():
                 if self.steps_done and self._is_due():
                     self._tell_checkpoint()  # a kill may have come between the save and this call
                 return self._loop(self.total_steps, stop)
@@ -167,7 +167,7 @@ class Trainer:
         """Run ``steps`` updates for their speed and memory; writes nothing and leaves the parameters changed."""
         quiet = replace(self, checkpoints=None, telemetry=None, on_checkpoint=None)
         quiet.steps_done = self.steps_done
-        with self._say_out_of_memory():
+        with self.say_out_of_memory():
             return quiet._loop(self.steps_done + steps, None)
 
     def step(self, source: Iterator[SliceBatch]) -> StepRecord:
@@ -273,7 +273,7 @@ class Trainer:
                 last = record
                 seconds.append(record.seconds)
                 if self.telemetry is not None:
-                    self.telemetry.record(record, self.objective.health)
+                    self.telemetry.record(record, self.objective.health, self._last_good)
             stopping = self._told() if world_size() == 1 else self._stop_agreed
             if self._is_due() or stopping:
                 self._save()
@@ -337,8 +337,12 @@ class Trainer:
         return "last good checkpoint: " + ("none was saved yet" if path is None else str(path))
 
     @contextmanager
-    def _say_out_of_memory(self) -> Iterator[None]:
-        """Say that memory ran out, and which batch would fit."""
+    def say_out_of_memory(self) -> Iterator[None]:
+        """Around steps: say that memory ran out, and which batch would fit.
+
+        Raises:
+            ResourceError: In place of what an allocator raised.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -349,12 +353,15 @@ class Trainer:
     def _out_of_memory(self, error: BaseException) -> ResourceError:
         """The error with advice from steps with fewer samples; of several processes none can probe by itself."""
         slices, parameters = self._slices, 0
-        if self.optimizer.state == {}:  # a first step has no moments yet
+        first = not self.optimizer.state or self.steps_done == 0  # it has no moments yet, or not all
+        if first:
             parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         probe = None
         if slices is not None and world_size() == 1:
 
             def probe(samples: int) -> None:
+                if first:  # else the second probe would hold the moments that ``extra_bytes`` counts
+                    self.optimizer.state.clear()
                 self.step(repeat(first_samples(slices, samples)))
 
         return out_of_memory_error(

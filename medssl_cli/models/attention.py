@@ -24,6 +24,7 @@ from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -403,7 +404,7 @@ def _time_in_turns(
         for name in [name for name in names if name not in faults]:
             try:
                 took = _timed_pass(_KERNELS[name], qkv_T3AE, grad_TAE, groups)
-            except RuntimeError as fault:  # out of memory, or shapes that this kernel does not take
+            except (RuntimeError, ValueError, AssertionError) as fault:  # memory, or shapes that it does not take
                 faults[name] = _first_line(fault)
                 continue
             if turn:
@@ -551,14 +552,23 @@ def _by_group(
 
 
 def _attend_varlen(q_TAE: Tensor, k_TAE: Tensor, v_TAE: Tensor, groups: Groups) -> Tensor:
-    varlen = importlib.import_module("torch.nn.attention.varlen")  # from torch 2.10 on
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on; a statement, or no block could be traced
+
     starts = _starts(groups, str(q_TAE.device))
     longest = max(tokens for _, tokens in groups)
-    return varlen.varlen_attn(q_TAE, k_TAE, v_TAE, starts, starts, longest, longest)
+    return cast(Tensor, varlen_attn(q_TAE, k_TAE, v_TAE, starts, starts, longest, longest))
+
+
+def _starts(groups: Groups, device: str) -> Tensor:
+    """Where each sample begins, and the end; for a compiled block a constant that lies on the device."""
+    return _kept_starts(groups, device)
+
+
+_starts.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.lru_cache(maxsize=32)
-def _starts(groups: Groups, device: str) -> Tensor:
+def _kept_starts(groups: Groups, device: str) -> Tensor:
     lengths = [tokens for samples, tokens in groups for _ in range(samples)]
     with torch.inference_mode(False):  # kept beyond this call
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -130,6 +130,8 @@ def detect_source(state: Mapping[str, Tensor]) -> str | None:
     has = names.keys().__contains__
     if any(re.match(r"(?:\w+\.)?embeddings\.(?:cls_token|patch_embeddings\.)", name) for name in names):
         return "hf"
+    if any(re.match(r"(?:\w+\.)*stages\.0\.downsample_layers\.0\.weight$", name) for name in names):
+        return "hf"
     if has("features.0.weight") and has("features.34.weight"):
         return "vgg19"
     if has("stem.0.weight") and has("stages.0.blocks.0.conv_dw.weight"):
@@ -201,6 +203,15 @@ _HF_CONVNEXT: Rules = (
     (r"^layernorm\.", "norm."),
 )
 
+_HF_DINOV3_CONVNEXT: Rules = (
+    (r"^(?:model\.)?stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
+    (r"^(?:model\.)?stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.\2."),
+    (r"^(stages\.\d+\.\d+)\.depthwise_conv\.", r"\1.dwconv."),
+    (r"^(stages\.\d+\.\d+)\.layer_norm\.", r"\1.norm."),
+    (r"^(stages\.\d+\.\d+)\.pointwise_conv", r"\1.pwconv"),
+    (r"^layer_norm\.", "norm."),
+)
+
 
 def translate(state: Mapping[str, Tensor], source: str, role: str | None = None) -> tuple[State, list[str]]:
     """A file's tensors under this program's names, and in words what was done to them besides.
@@ -238,8 +249,22 @@ def _from_dinov3(state: State, notes: list[str]) -> State:
     out = _renamed(state, _DINOV3)
     _fold_bias_masks(out, notes)
     for name in [name for name in out if re.search(r"\.mlp\.w1\.", name)]:
-        out[name.replace(".w1.", ".w12.")] = torch.cat([out.pop(name), out.pop(name.replace(".w1.", ".w2."))])
+        pair = [name, name.replace(".w1.", ".w2.")]
+        if pair[1] not in out:
+            raise _refused(f"{pair[1]} is missing")
+        out[name.replace(".w1.", ".w12.")] = _end_to_end(name, [out.pop(part) for part in pair])
     return out
+
+
+def _end_to_end(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their first axis.
+
+    Raises:
+        CheckpointError: Their shapes do not allow it.
+    """
+    if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+        raise _refused(f"{name}: parts of shapes {', '.join(str(tuple(part.shape)) for part in parts)}")
+    return torch.cat(list(parts))
 
 
 def _fold_bias_masks(state: State, notes: list[str]) -> None:
@@ -249,6 +274,8 @@ def _fold_bias_masks(state: State, notes: list[str]) -> None:
         mask, bias = state.pop(name), name.removesuffix("_mask")
         if bias not in state:
             continue
+        if mask.shape != state[bias].shape:
+            raise _refused(f"{name} is {tuple(mask.shape)}, its bias {tuple(state[bias].shape)}")
         if bool(mask.isfinite().all()):
             state[bias] = state[bias] * mask.to(state[bias].dtype)
         else:  # created as NaN upstream and never filled
@@ -285,10 +312,12 @@ def _from_timm(state: State, notes: list[str]) -> State:
 
 def _is_gated(state: State) -> bool:
     first, second = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
-    return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
+    if first is None or second is None or first.ndim != 2 or second.ndim != 2:
+        return False
+    return first.shape[0] == 2 * second.shape[1]
 
 
-_HF_ROOT = re.compile(r"^(?:dinov2|dinov2_with_registers|dinov3_vit|vit|convnext)\.")
+_HF_ROOT = re.compile(r"^(?:dinov2|dinov2_with_registers|dinov3_vit|dinov3_convnext|vit|convnext)\.")
 """What a model with a head calls its backbone."""
 
 
@@ -296,6 +325,8 @@ def _from_hf(state: State, notes: list[str]) -> State:
     bare = {_HF_ROOT.sub("", name): tensor for name, tensor in state.items()}
     if any(name.startswith("encoder.stages.") for name in bare):
         return _renamed(bare, _HF_CONVNEXT)
+    if any(".downsample_layers." in name for name in bare):
+        return _renamed(bare, _HF_DINOV3_CONVNEXT)
     is_dinov3 = "embeddings.patch_embeddings.weight" in bare
     rules = ((r"^embeddings\.patch_embeddings\.(?!projection)", "patch_embed.proj."), *_HF)
     out = _renamed(bare, rules)
@@ -313,7 +344,7 @@ def _join_feed_forward(state: State) -> None:
         up, gate = state.pop(name), state.pop(name.replace(".up_proj.", ".gate_proj."), None)
         down = state.pop(name.replace(".up_proj.", ".down_proj."), None)
         first, second = (".fc1.", ".fc2.") if gate is None else (".w12.", ".w3.")
-        state[name.replace(".up_proj.", first)] = up if gate is None else torch.cat([gate, up])
+        state[name.replace(".up_proj.", first)] = up if gate is None else _end_to_end(name, [gate, up])
         if down is not None:
             state[name.replace(".up_proj.", second)] = down
 
@@ -328,13 +359,13 @@ def _join_queries_keys_values(state: State) -> None:
         if name.endswith(".weight") and len(found) < 3:
             raise _refused(f"{name}: queries, keys and values are needed, the file has {', '.join(sorted(found))}")
         like = next(iter(found.values()))
-        state[name] = torch.cat([found.get(part, torch.zeros_like(like)) for part in "qkv"])
+        state[name] = _end_to_end(name, [found.get(part, torch.zeros_like(like)) for part in "qkv"])
 
 
 def _shape_mask_token(state: State, notes: list[str]) -> None:
     """(1, 1, D) becomes (1, D); that of a masked autoencoder's decoder has another width and is left out."""
     token, weight = state.get("mask_token"), state.get("patch_embed.proj.weight")
-    if token is None or weight is None:
+    if token is None or weight is None or not token.ndim or not weight.ndim:
         return
     if token.numel() == weight.shape[0]:
         state["mask_token"] = token.reshape(1, -1)
@@ -418,11 +449,14 @@ def infer_settings(
     """
     if family_of(state) == "convnext":
         return _convnext_settings(state)
-    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "cls_token"):
+    for name, axes in _NEEDED.items():
         if name not in state:
             raise _refused(f"{name} is missing")
+        _refuse_axes(state, name, axes)
+    for name in ("register_tokens", "pos_embed"):
+        _refuse_axes(state, name, 3)
     kernel = state["patch_embed.proj.weight"]
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+    if kernel.shape[2] != kernel.shape[3] or not kernel.numel():
         raise _refused(f"patch_embed.proj.weight is {tuple(kernel.shape)}; square patches of 2-D images are needed")
     width, patch = kernel.shape[0], kernel.shape[2]
     origin, registers = ORIGINS[source], state["register_tokens"].shape[1] if "register_tokens" in state else 0
@@ -442,12 +476,16 @@ def infer_settings(
         "layernorm_eps": layernorm_eps or (_hf_eps(state) if source == "hf" else origin.layernorm_eps),
     }
     if "pos_embed" in state:
+        if not state["pos_embed"].shape[1]:
+            raise _refused("pos_embed is empty")
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         if side * side != state["pos_embed"].shape[1] - 1 or side < 1:
             raise _refused(f"pos_embed holds {state['pos_embed'].shape[1]} positions, no square grid and one for cls")
         settings |= {"img_size": side * patch, "num_heads": num_heads or _heads(width)}
     else:
         periods = state.get("rope_embed.periods")
+        if periods is not None and (periods.ndim != 1 or not len(periods)):
+            raise _refused(f"rope_embed.periods is {tuple(periods.shape)}")
         heads = num_heads or (_heads(width) if periods is None else max(1, width // (4 * len(periods))))
         base, dtype = (100.0, "fp32") if periods is None else _rope_of(periods, 4 * len(periods), source)
         settings |= {
@@ -459,6 +497,15 @@ def infer_settings(
             "mask_k_bias": settings["qkv_bias"],
         }
     return settings
+
+
+_NEEDED = {"patch_embed.proj.weight": 4, "blocks.0.attn.qkv.weight": 2, "cls_token": 3}
+"""Number of axes of the tensors without which there is no vision transformer."""
+
+
+def _refuse_axes(state: Mapping[str, Tensor], name: str, axes: int) -> None:
+    if name in state and state[name].ndim != axes:
+        raise _refused(f"{name} is {tuple(state[name].shape)}; {axes} axes are needed")
 
 
 def _hf_eps(state: Mapping[str, Tensor]) -> float:
@@ -482,9 +529,9 @@ def _heads(width: int) -> int:
 def _feed_forward(state: Mapping[str, Tensor], width: int) -> str:
     """mlp or swiglu, if it is as wide as ours."""
     plain, gated = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.w12.weight")
-    if plain is not None and plain.shape[0] == 4 * width:
+    if plain is not None and plain.shape[:1] == (4 * width,):
         return "mlp"
-    if gated is not None and gated.shape[0] == 2 * ((4 * width * 2 // 3 + 7) // 8 * 8):
+    if gated is not None and gated.shape[:1] == (2 * ((4 * width * 2 // 3 + 7) // 8 * 8),):
         return "swiglu"
     shape = next((tuple(t.shape) for t in (plain, gated) if t is not None), None)
     raise _refused(f"the feed-forward layer is {shape}; {4 * width} or a SwiGLU of two thirds of it is needed")
@@ -510,6 +557,12 @@ def _convnext_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     found = [(int(match[1]), int(match[2])) for match in blocks if match]
     if {stage for stage, _ in found} != {0, 1, 2, 3}:
         raise _refused(f"a ConvNeXt has four stages, the file {len({stage for stage, _ in found})}")
+    _refuse_axes(state, "downsample_layers.0.0.weight", 4)
+    for stage in range(4):
+        name = f"stages.{stage}.0.pwconv1.weight"
+        if name not in state:
+            raise _refused(f"{name} is missing")
+        _refuse_axes(state, name, 2)
     return {
         "in_chans": state["downsample_layers.0.0.weight"].shape[1],
         "depths": [1 + max(block for stage, block in found if stage == each) for each in range(4)],
@@ -528,13 +581,13 @@ def _refused(why: str) -> CheckpointError:
 
 
 HEAD_NAMES = re.compile(
-    r"^(?:dino_head|ibot_head|head2?|heads|fc_norm|fc|pooler|classifier|decoder\w*|vit_pooler|head_dist|proj_head)\."
-    r"|^(?:decoder_pos_embed|bias_mask)$"
+    r"^\w*(?:head|fc|pooler|classifier|decoder|projector|predictor|prototypes|loss|queue|center)\w*(?:\.|$)"
+    r"|^(?:logit_scale|logit_bias|temperature|bias_mask)$"
+    r"|^norms\.3\.(?:weight|bias)$"  # a second name of the final norm in DINOv3's ConvNeXt
 )
-"""Names that belong to heads and decoders, whose absence from a backbone is right."""
+"""Names that belong to heads, decoders and losses, whose absence from a backbone is right."""
 
 
 def foreign_parts(unexpected: Sequence[str]) -> list[str]:
     """Of the names that a backbone does not have, those that are no heads: leaving them out would change features."""
-    inner = re.compile(r"^(?:blocks|patch_embed|norm|norm_pre|stages|downsample_layers|cls_\w+|rope_embed)\b")
-    return [name for name in unexpected if inner.match(name)]
+    return [name for name in unexpected if not HEAD_NAMES.match(name)]

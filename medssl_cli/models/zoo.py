@@ -29,7 +29,15 @@ from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import SCHEMA_VERSION, atomic_path, package_version, say_disk_errors, write_json
 from medssl_cli.models.convnext import STRIDE, ConvNeXt
-from medssl_cli.models.foreign import detect_source, flat_name, foreign_parts, plain_names, translate
+from medssl_cli.models.foreign import (
+    detect_source,
+    family_of,
+    flat_name,
+    foreign_parts,
+    infer_settings,
+    plain_names,
+    translate,
+)
 from medssl_cli.models.layers import nearest_legal_sizes
 from medssl_cli.models.rope import Normalize, RopeDtype
 from medssl_cli.models.vit import PosEmbed, VisionTransformer, resize_positions
@@ -397,7 +405,9 @@ def _head_of(path: Path) -> bytes:
         raise CheckpointError(
             "The weight file cannot be read.",
             where=f"{path}: {error.strerror}",
-            fix="check the path; `medssl download` lists weights that can be fetched",
+            fix="check the path"
+            if not path.is_dir()
+            else "name the file in it, such as model.safetensors or pytorch_model.bin",
             code="weights_missing",
         ) from error
     text = head.lstrip().lower()
@@ -513,6 +523,7 @@ def load_into(
     sequences: Sequence[str] | None = None,
     role: Role | None = None,
     kind: str | None = None,
+    quiet: bool = False,
 ) -> LoadReport:
     """Fill a model with tensors of a file, or leave it untouched.
 
@@ -530,6 +541,7 @@ def load_into(
         sequences: Names of the rows of the file's sequence embedding, when known: rows are then matched by name.
         role: Which network of a file that holds both; the teacher if not given.
         kind: Program that wrote the file, see ``foreign.SOURCES``; recognised by its names if not given.
+        quiet: The report is not logged.
 
     Raises:
         CheckpointError: Too little matches, or a shape differs; the report stands in its *where*.
@@ -562,7 +574,8 @@ def load_into(
         raise CheckpointError(
             "The weights do not fit the model; nothing was loaded.",
             where="\n".join(report.lines()),
-            fix="choose the architecture that the file was made for; "
+            fix=(_wanted_keys(model, given, kind) if is_backbone and kind else "")
+            or "choose the architecture that the file was made for; "
             + (
                 "all of a backbone must match"
                 if minimum is None and is_backbone
@@ -570,12 +583,63 @@ def load_into(
             ),
             code="weights_mismatch",
         )
+    _refuse_no_numbers(given, matched, source)
     with torch.no_grad():
         for name in matched:
             targets[name].copy_(given[name])
-    for line in report.lines():
-        logger.info("%s", line)
+    if not quiet:
+        for line in report.lines():
+            logger.info("%s", line)
     return report
+
+
+_SHAPING = (
+    *("patch_size", "embed_dim", "depth", "num_heads", "num_register_tokens", "ffn_layer", "layerscale", "qkv_bias"),
+    *("proj_bias", "ffn_bias", "pos_embed_type", "pos_embed_rope_base", "mask_k_bias"),
+)
+"""Settings of a vision transformer that decide on names and shapes, as ``StudentConfig`` calls them."""
+
+
+def _wanted_keys(model: nn.Module, given: Mapping[str, Tensor], kind: str) -> str:
+    """In keys of a configuration, what a model must be for a file to fit; empty if that is not the trouble."""
+    try:
+        wanted = infer_settings(given, kind)
+    except CheckpointError:
+        return ""
+    if family_of(given) == "convnext":
+        stages = tuple(wanted["depths"]), tuple(wanted["dims"])
+        name = next((size for size, numbers in CONVNEXT_SIZES.items() if numbers == stages), None)
+        own_stages = [model.settings[key] for key in ("depths", "dims")] if isinstance(model, ConvNeXt) else []
+        return (
+            ""
+            if name is None or own_stages == list(map(list, stages))
+            else f"set student.arch=convnext_{name}, which the file was made for"
+        )
+    own: Mapping[str, Any] = model.settings if isinstance(model, VisionTransformer) else {}
+    plain = {name: getattr(StudentConfig(), name) for name in _SHAPING}
+    keys = []
+    for name in _SHAPING:
+        have, want = own.get(name, plain[name]), wanted.get(name, plain[name])
+        if name == "layerscale":
+            have, want = (float(bool(value)) for value in (have, want))
+        if name == "ffn_layer":
+            have = str(have).replace("swiglufused", "swiglu")
+        if have != want:
+            keys.append(f"student.{name}={str(want).lower() if isinstance(want, bool) else want}")
+    return f"set {' '.join(keys)}, which the file was made for" if keys else ""
+
+
+def _refuse_no_numbers(given: Mapping[str, Tensor], names: Iterable[str], source: str) -> None:
+    """Refuse tensors with NaN or infinity, or of a type that is no weight's."""
+    for name in names:
+        tensor = given[name]
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                "The weights are no finite numbers.",
+                where=f"{source or 'weights'}: {name}, {str(tensor.dtype).removeprefix('torch.')}",
+                fix="take an undamaged file, or an earlier checkpoint",
+                code="weights_nonfinite",
+            )
 
 
 def _is_short(report: LoadReport, minimum: float | None, *, is_backbone: bool) -> bool:
@@ -706,7 +770,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             "The weight file has no card.",
             where=f"{card}: {error.strerror}",
-            fix="keep X.json beside X.safetensors; both are written by `medssl pretrain`",
+            fix="keep X.json beside X.safetensors; for weights of another program, run `medssl convert weights` first",
             code="card_missing",
         ) from error
     except ValueError as error:
@@ -767,6 +831,33 @@ def card_warnings(card: Mapping[str, Any], modality: str | None) -> list[str]:
     return [
         f"The backbone was made for images of the modality {trained} and is normalised with their statistics; "
         f"these are {modality}."
+    ]
+
+
+def differences_to_card(card: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Settings of the card's network that no tensor tells and that the model has otherwise, in words.
+
+    Raises:
+        CheckpointError: The attention heads are others: every shape fits, and every feature would be wrong.
+    """
+    theirs = card.get("arch")
+    if not isinstance(model, VisionTransformer) or not isinstance(theirs, Mapping):
+        return []
+    same_width = theirs.get("embed_dim") == model.embed_dim
+    heads, own = theirs.get("num_heads"), model.settings["num_heads"]
+    if same_width and heads not in (None, own):
+        raise CheckpointError(
+            "The weights were made with another number of attention heads.",
+            where=f"{card.get('weights', 'weights')}: {heads} heads, the model has {own}",
+            fix=f"set student.num_heads={heads}",
+            code="weights_heads",
+        )
+    names = ["layernorm_eps", *(["pos_embed_rope_dtype"] if model.settings["pos_embed_type"] == "rope" else [])]
+    return [
+        f"The weights were made with {name} {theirs[name]}, the model has {model.settings[name]}: features differ a "
+        f"little; set student.{name}={theirs[name]} to keep them."
+        for name in names
+        if name in theirs and theirs[name] != model.settings[name]
     ]
 
 

@@ -113,7 +113,7 @@ def head_warning(dino: DinoConfig, ibot: IbotConfig) -> str | None:
     ignored = [
         f"ibot.{name}={getattr(ibot, name)} (in force: dino.{name}={getattr(dino, name)})"
         for name in shared
-        if name in ibot.model_fields_set and getattr(ibot, name) != getattr(dino, name)
+        if getattr(ibot, name) not in (getattr(dino, name), IbotConfig.model_fields[name].default)
     ]
     if not ignored:
         return None
@@ -127,7 +127,8 @@ def mask_warning(ibot: IbotConfig, centering: str) -> str | None:
         "per_image": ("pred_ratio", "pred_ratio_var"),
     }
     idle = [name for sampling, names in of_sampling.items() if sampling != ibot.mask_sampling for name in names]
-    ignored = [f"ibot.{name}" for name in idle if name in ibot.model_fields_set]
+    # a dumped configuration has every key: only a value of the user's own is worth a word
+    ignored = [f"ibot.{name}" for name in idle if getattr(ibot, name) != IbotConfig.model_fields[name].default]
     texts = []
     if ignored:
         texts.append(f"No effect with ibot.mask_sampling {ibot.mask_sampling}: {', '.join(ignored)}.")

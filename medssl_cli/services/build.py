@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from medssl_cli.data.views import MultiCrop
 from medssl_cli.engine.acceleration import AccelerationConfig, accelerate
-from medssl_cli.engine.distributed import Parallel, build_parallel, from_first, rank
+from medssl_cli.engine.distributed import Parallel, build_parallel, from_first, rank, world_size
 from medssl_cli.engine.health import HealthMonitor
 from medssl_cli.engine.optim import build_optimizer as build_named_optimizer
 from medssl_cli.engine.optim import parameter_groups
@@ -24,6 +24,7 @@ from medssl_cli.models.zoo import (
     LoadReport,
     build_backbone,
     card_warnings,
+    differences_to_card,
     load_into,
     read_card,
     read_weights,
@@ -90,10 +91,32 @@ def build_objective(
 
 def _load(config: PretrainConfig, student: nn.Module, weights: Path) -> LoadReport:
     role, card = config.MODEL.init_from, _card_of(weights)
-    for text in card_warnings(card, config.data.modality):
+    for text in (*card_warnings(card, config.data.modality), *differences_to_card(card, student)):
         log.warning("%s", text)
     state = read_weights(weights, role=role)
     return load_into(student, state, source=str(weights), sequences=card.get("sequences"), role=role)
+
+
+def check_weights(config: PretrainConfig, weights: Path, kind: Literal["volumes", "images"]) -> None:
+    """Refuse weights that do not fit before hours are spent on preparing images; nothing is kept.
+
+    Raises:
+        CheckpointError: As when they are loaded.
+    """
+    windows = len(config.data.windows_hu or ())
+    plain = kind == "images" or bool(config.data.as_pictures)
+    with torch.device("meta"):
+        student = build_backbone(
+            config.student,
+            config.position_side,
+            None if plain else config.data.mri_sequences,
+            windows if windows > 1 and windows != 3 else 3,
+            stochastic_depth=False,
+        )
+    role, card = config.MODEL.init_from, _card_of(weights)
+    differences_to_card(card, student)
+    state = read_weights(weights, role=role)
+    load_into(student, state, source=str(weights), sequences=card.get("sequences"), role=role, quiet=True)
 
 
 def _card_of(weights: Path) -> dict[str, Any]:
@@ -223,7 +246,8 @@ def build_acceleration(
 ) -> list[str]:
     """Compile what may be compiled; after the attention backend is fixed and before anything is wrapped."""
     settings = AccelerationConfig(compile=config.train.compile, cudagraphs=config.train.cudagraphs)
-    return accelerate(objective, settings, device, config.compute_precision.precision, steps)
+    sharded = world_size() > 1 and config.compute_precision.parallel == "fsdp"
+    return accelerate(objective, settings, device, config.compute_precision.precision, steps, sharded=sharded)
 
 
 def build_monitor(config: PretrainConfig, schedules: Schedules) -> HealthMonitor:

@@ -112,7 +112,8 @@ class Job:
         rules: What is asked of it.
         root: Of the data set.
         owners: Patient and study by case id, for a folder of a tree.
-        how: ``folder`` of a case tree, case whose files are ``named`` by another layout, or a file ``alone``.
+        how: ``folder`` of a case tree, case whose files are ``named`` by another layout, a ``row`` of a table, or a
+            ``picture``.
         stats: Whether the means of its images are wanted.
     """
 
@@ -120,7 +121,7 @@ class Job:
     rules: CaseRules
     root: Path
     owners: Mapping[str, Owner] = field(default_factory=dict)
-    how: Literal["folder", "named", "alone"] = "alone"
+    how: Literal["folder", "named", "row", "picture"] = "row"
     stats: bool = False
 
 
@@ -472,7 +473,7 @@ def _plan(
         split_of = {case_id: name for name, (_, ids) in splits.items() for case_id in ids.ids}
         cases = [replace(case, split=split_of[case.case_id]) for case in cases if case.case_id in split_of]
     root = source.parent if kind == "table" else source
-    how: Literal["named", "alone"] = "named" if kind in FOREIGN else "alone"
+    how: Literal["named", "row", "picture"] = "named" if kind in FOREIGN else "picture" if kind == "images" else "row"
     return [Job(case, rules, root, how=how) for case in cases], check_splits(every, patients)
 
 
@@ -549,7 +550,7 @@ def look(job: Job) -> Looked:
     elif job.how == "named":
         checked = check_named_case(job.case, job.rules, job.root)
     else:
-        checked = check_case(job.case, job.rules)
+        checked = check_case(job.case, job.rules, only_pictures=job.how == "picture")
     pictures = list(checked.pictures.values())
     return Looked(
         case=checked.case,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medssl_cli.core.errors import DataError
+from medssl_cli.core.run import digest_of
 from medssl_cli.core.wording import counted
 from medssl_cli.objectives.semi_supervised import keep_labels
 from medssl_cli.services.labelled_data import label_cases
@@ -37,6 +38,11 @@ class ClassLabels:
         """Labelled cases of each class."""
         found = Counter(self.class_of.values())
         return tuple(found[number] for number in range(len(self.names)))
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 over the cases and their classes; None where the run uses no labels."""
+        return digest_of("class labels", list(self.names), sorted(self.class_of.items())) if self.names else None
 
     def of_batch(self, case_ids: Sequence[str]) -> Tensor | None:
         """(B,) int64, -1 for a case without label; None where the run uses none."""

@@ -109,6 +109,7 @@ def convert_weights(request: WeightsRequest) -> Result:
     _refuse_losing(target, digest, overwrite=request.overwrite)
     facts: dict[str, Any] = {"source": source, "source_file": request.file.name, "source_sha256": digest}
     translated, notes = translate(state, source, config.init_from)
+    _refuse_without_effect(request, config, translated)
     if family_of(translated) == "features":
         card = _write_features(target, translated, facts, notes, digest)
         lines = [f"{len(translated)} tensors from {request.file} (vgg19 weights)", *(f"note: {n}" for n in notes)]
@@ -120,6 +121,33 @@ def convert_weights(request: WeightsRequest) -> Result:
     lines.append(_tell(card))
     lines.append(f"written: {hide_home(str(target))} and {card_path(target).name}")
     return Result(lines, {**result_header("convert weights", started), "weights": str(target), "card": card})
+
+
+# --- options without effect ------------------------------------------------------------------------------------------
+
+_OF_POSITIONS = ("interpolate_offset", "interpolate_antialias")
+_OF_TOKENS = ("num_heads", "layernorm_eps", *_OF_POSITIONS, "pos_embed_rope_dtype")
+_OF_IMAGES = ("mean", "std", "window_hu", "modality")
+
+
+def _refuse_without_effect(request: WeightsRequest, config: WeightsConfig, state: Mapping[str, Tensor]) -> None:
+    """Refuse keys that mean nothing for the network of the file."""
+    family = family_of(state)
+    idle = {
+        "vit": ("pos_embed_rope_dtype",) if "pos_embed" in state else _OF_POSITIONS,
+        "convnext": _OF_TOKENS,
+        "features": (*_OF_TOKENS, *_OF_IMAGES),
+    }[family]
+    given = [key for key in idle if key in config.model_fields_set]
+    given += ["--image-size"] if family == "features" and request.image_size is not None else []
+    if given:
+        network = {"vit": "ViT with " + ("a position table" if "pos_embed" in state else "rotary positions")}
+        raise ConfigError(
+            "These options have no effect on the weights.",
+            where=f"{', '.join(given)}; {request.file} is a {network.get(family, family)}",
+            fix="leave them out",
+            code="config_without_effect",
+        )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -204,6 +232,7 @@ def _load(
     source: str,
 ) -> tuple[VisionTransformer | ConvNeXt, LoadReport]:
     beside = _beside(request.file, "config.json") if source == "hf" else {}
+    _refuse_activation(request.file, translated, beside)
     settings = infer_settings(
         translated,
         source,
@@ -225,7 +254,7 @@ def _load(
             settings["img_size"] = _legal(request.image_size, settings["patch_size"])
         model = _built(settings)
     report = load_into(
-        model, state, source=str(request.file), kind=source, role=config.init_from
+        model, state, source=str(request.file), kind=source, role=config.init_from, quiet=True
     )  # strict: all of the backbone, or nothing
     return model.eval(), report
 
@@ -252,6 +281,19 @@ def _legal(size: int, patch: int) -> int:
             code="img_size_illegal",
         )
     return size
+
+
+def _refuse_activation(file: Path, state: Mapping[str, Tensor], beside: Mapping[str, Any]) -> None:
+    """Refuse a network whose activation, which no tensor tells, is another than ours: its features would be wrong."""
+    asked, is_gated = beside.get("hidden_act"), "blocks.0.mlp.w12.weight" in state
+    ours = ("silu", "swish") if is_gated and beside.get("model_type") == "dinov3_vit" else ("gelu",)
+    if asked is not None and asked not in ours:
+        raise CheckpointError(
+            "The network of these weights cannot be built.",
+            where=f"{file.parent / 'config.json'}: hidden_act {str(asked)[:40]!r}, here it is {ours[0]}",
+            fix="take weights that were trained with it",
+            code="weights_foreign",
+        )
 
 
 def _beside(file: Path, name: str) -> dict[str, Any]:

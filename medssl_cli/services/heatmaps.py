@@ -36,7 +36,8 @@ class InferConfig(Config):
     """How a case is looked at."""
 
     heatmap_method: Method = "rollout"
-    """What the heat map of a bare backbone shows: rollout (attention) or similarity (to the reference patch)."""
+    """What the heat map of a bare backbone shows: rollout (attention) or similarity (to the reference patch). A
+    convolutional network has similarity alone."""
     max_side: PositiveInt = 518
     """Longer side in pixels of a slice as the network sees it; larger ones are reduced."""
     stride: PositiveInt = 1

@@ -25,6 +25,7 @@ from medssl_cli.core.run import (
     write_failures,
     write_json,
 )
+from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.backbone import Backbone, open_backbone, read_planes, saying_memory
 from medssl_cli.services.case_input import Named, Wanted, found_case, named_cases
 from medssl_cli.services.case_results import CaseResults, publish, remove_results, shown
@@ -73,6 +74,7 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> Result:
     config = _config(request)
     cases = named_cases(request.cases)
     backbone = open_backbone(find_model(request.model), resolve_device(request.device))
+    config = _fitting(config, backbone)
     inputs = _inputs(request, cases, backbone)
     would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
     claim = partial(claim_out_folder, request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
@@ -117,6 +119,13 @@ def _config(request: InferRequest) -> InferConfig:
             code="config_invalid",
         )
     return config
+
+
+def _fitting(config: InferConfig, backbone: Backbone) -> InferConfig:
+    """A network without attention has nothing to roll out: similarity stands in where no method was asked for."""
+    if isinstance(backbone.model, VisionTransformer) or "heatmap_method" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"heatmap_method": "similarity"})
 
 
 def _inputs(request: InferRequest, cases: list[Named], backbone: Backbone) -> list[Path]:

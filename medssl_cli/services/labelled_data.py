@@ -235,8 +235,9 @@ def label_cases(labels: str, target: str, found: TrainingData) -> dict[str, str]
     Raises:
         ConfigError, DataError: As ``read_labelled_data``.
     """
-    read = _read_all_labels(EvaluationConfig(labels=labels, target=target), {"train": found})
-    return {case.case_id: case.label for case in _with_labels("train", found, read)}
+    section = "semi_supervised"
+    read = _read_all_labels(EvaluationConfig(labels=labels, target=target), {"train": found}, section)
+    return {case.case_id: case.label for case in _with_labels("train", found, read, section)}
 
 
 def count_seen(labelled: Iterable[Case], pretraining: Iterable[Case]) -> int:
@@ -346,8 +347,10 @@ class _Labels:
     group_by_id: Mapping[str, str]
 
 
-def _read_all_labels(config: EvaluationConfig, read: Mapping[str, TrainingData]) -> _Labels:
-    """The labels that a CSV holds.
+def _read_all_labels(
+    config: EvaluationConfig, read: Mapping[str, TrainingData], section: str = "evaluation"
+) -> _Labels:
+    """The labels that a CSV holds; ``section`` of the configuration names it.
 
     Raises:
         ConfigError: No column of it is named.
@@ -362,8 +365,8 @@ def _read_all_labels(config: EvaluationConfig, read: Mapping[str, TrainingData])
         columns = ", ".join(read_table(path).header) if path.is_file() else "no such file"
         raise ConfigError(
             "The column of the labels is not named.",
-            where=f"evaluation.target; {path}: {columns}",
-            fix="set evaluation.target to one of the columns",
+            where=f"{section}.target; {path}: {columns}",
+            fix=f"set {section}.target to one of the columns",
             code="target_missing",
         )
 
@@ -381,12 +384,13 @@ def _read_all_labels(config: EvaluationConfig, read: Mapping[str, TrainingData])
             fix="fill the column, or leave evaluation.group_by out",
             code="group_unknown",
         )
-    log.info("Evaluation: labels are the column %s of %s", config.target, path)
-    return _Labels(column(config.target), groups)
+    by_id = column(config.target)
+    log.info("%s: labels are the column %s of %s", section, config.target, path)
+    return _Labels(by_id, groups)
 
 
-def _with_labels(part: str, found: TrainingData, labels: _Labels) -> list[Case]:
-    """The cases that have a label; others are left out, and counted.
+def _with_labels(part: str, found: TrainingData, labels: _Labels, section: str = "evaluation") -> list[Case]:
+    """The cases that have a label; others are left out, and counted where they are scored.
 
     Raises:
         DataError: None has one.
@@ -404,10 +408,10 @@ def _with_labels(part: str, found: TrainingData, labels: _Labels) -> list[Case]:
             f"No case of the {part} part has a label.",
             where=f"{found.config.split_csv or found.config.root}: {counted(len(cases), 'case')}, e.g. "
             f"{say_some(left, 3)}" + (f"; the labels name {say_some(labels.by_id, 3)}" if labels.by_id else ""),
-            fix="the ids of the labels must equal the names of the cases; see evaluation.labels and evaluation.target",
+            fix=f"the ids of the labels must equal the names of the cases; see {section}.labels and {section}.target",
             code="labels_missing",
         )
-    if left:
+    if left and section == "evaluation":
         log.warning("Evaluation: %s of the %s part without label left out: %s", counted(len(left), "case"), part,
                     say_some(left))  # fmt: skip
     return [case for case in cases if case.label]

@@ -97,6 +97,7 @@ def prepare_evaluation(
     cache: Path,
     look: Look,
     card: Card,
+    labelled: LabelledData | None = None,
     pretraining: Sequence[Case] = (),
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -110,6 +111,7 @@ def prepare_evaluation(
         cache: Of prepared images.
         look: Normalisation and number format of the run.
         card: For the weights of the best teacher.
+        labelled: The cases, where they were read before.
         pretraining: Cases of the run, to count how many labelled ones it sees.
         workers: Processes that prepare.
         progress: Told (cases prepared, cases in all).
@@ -118,7 +120,7 @@ def prepare_evaluation(
         ConfigError: Labels are not named as they must be.
         DataError: Labels or images missing or damaged, too few classes, or a leak between the parts.
     """
-    labelled = read_labelled_data(config, data)
+    labelled = read_labelled_data(config, data) if labelled is None else labelled
     data = labelled.config
     store = prepare_store(labelled.cases, data, cache, kind=labelled.kind, workers=workers, progress=progress)
     images = LabelledImages(

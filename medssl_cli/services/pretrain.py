@@ -28,15 +28,17 @@ from medssl_cli.engine.distributed import (
     refuse_differences,
     world_size,
 )
+from medssl_cli.engine.memory import saying_out_of_memory
 from medssl_cli.engine.precision import Precision
 from medssl_cli.engine.telemetry import Telemetry
 from medssl_cli.engine.trainer import FitResult
 from medssl_cli.models.zoo import save_backbone
-from medssl_cli.services.build import build_monitor, card_facts
+from medssl_cli.services.build import build_monitor, card_facts, check_weights
 from medssl_cli.services.class_labels import ClassLabels, read_class_labels
 from medssl_cli.services.devices import describe_device
+from medssl_cli.services.labelled_data import LabelledData, read_labelled_data
 from medssl_cli.services.lookup import EXPORT, run_status
-from medssl_cli.services.online_evaluation import Look, Network, OnlineEvaluation, prepare_evaluation
+from medssl_cli.services.online_evaluation import Look, Network, OnlineEvaluation, prepare_evaluation, read_history
 from medssl_cli.services.pretrain_config import PretrainConfig
 from medssl_cli.services.pretrain_group import (
     device_of,
@@ -55,7 +57,7 @@ from medssl_cli.services.pretrain_request import (
     resolve_config,
     run_folder_of,
 )
-from medssl_cli.services.pretrain_resume import comparable, refuse_drift, refuse_other_data
+from medssl_cli.services.pretrain_resume import comparable, refuse_drift, refuse_other_data, refuse_other_labels
 from medssl_cli.services.pretrain_run import PretrainRun, build_run
 from medssl_cli.services.pretrain_trial import dry_run, scratch_run, smoke, smoke_lines
 from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable
@@ -121,16 +123,23 @@ def _pretrain(
         config = config.model_copy(update={"data": data.config})
         _refuse_without_effect(config, data)
         labels = from_first(lambda: read_class_labels(config, data))
-        if request.smoke or request.dry_run:
-            with scratch_run(request, config, device, data, labels, progress) as run:
-                return smoke(run, say, started) if request.smoke else dry_run(run, data, started)
-        out, inputs = run_folder_of(request, config), inputs_of(request, config)
-        with open_folder(out, lines, request, inputs) as folder:
-            return _train(request, config, device, data, labels, folder, progress, started)
+        labelled = None if request.smoke else from_first(lambda: _read_labelled(config))
+        with saying_out_of_memory(device):
+            if request.smoke or request.dry_run:
+                with scratch_run(request, config, device, data, labels, progress) as run:
+                    return smoke(run, say, started) if request.smoke else dry_run(run, data, started)
+            out, inputs = run_folder_of(request, config), inputs_of(request, config)
+            with open_folder(out, lines, request, inputs) as folder:
+                return _train(request, config, device, data, labels, labelled, folder, progress, started)
 
 
 def _pretrain_in_group(request: PretrainRequest) -> Result:
     return pretrain(request, say=log.debug)  # the process that the user looks at says it
+
+
+def _read_labelled(config: PretrainConfig) -> LabelledData | None:
+    """The cases to be scored; faults of their lists and labels show before anything is written or prepared."""
+    return read_labelled_data(config.evaluation, config.data) if config.evaluation.is_on else None
 
 
 def _refuse_without_effect(config: PretrainConfig, data: TrainingData) -> None:
@@ -153,6 +162,7 @@ def _train(
     device: torch.device,
     data: TrainingData,
     labels: ClassLabels,
+    labelled: LabelledData | None,
     folder: RunFolder,
     progress: Progress | None,
     started: float,
@@ -164,18 +174,22 @@ def _train(
     checkpoint = from_first(checkpoints.latest) if request.resume else None
     if checkpoint is not None:
         refuse_drift(checkpoint, config, data, request)
+        refuse_other_labels(checkpoint, labels, request)
+    weights = config.initial_weights if checkpoint is None else None
+    if weights is not None:
+        check_weights(config, weights, data.kind)
     store = in_turns(lambda: _prepare(config, data, request, progress))
     refuse_differences(
         {"digest of the data": store.digest},
         "The processes of this run have different images before them.",
         "give all machines the same data under the same path; copies must keep the times of files (cp -a, rsync -a)",
     )
-    evaluation = _prepare_evaluation(config, data, folder, request, device, progress)
+    evaluation = _prepare_evaluation(config, data, labelled, folder, request, device, progress)
     run = build_run(
         config,
         device,
         store,
-        weights=config.initial_weights if checkpoint is None else None,
+        weights=weights,
         attention=request.attention,
         used_before=None if checkpoint is None else checkpoint.extra.get("attention"),
         workers=request.workers,
@@ -185,6 +199,8 @@ def _train(
     checkpoints.extra = {"data_digest": store.digest, "split_digest": data.split_digest, "attention": run.attention}
     if world_size() > 1:
         checkpoints.extra["world"] = world_size()
+    if labels.digest is not None:
+        checkpoints.extra["labels_digest"] = labels.digest
     run.trainer.checkpoints = checkpoints
     if checkpoint is not None:
         refuse_other_data(checkpoint, store, request)
@@ -220,12 +236,13 @@ def _train(
 def _prepare_evaluation(
     config: PretrainConfig,
     data: TrainingData,
+    labelled: LabelledData | None,
     folder: RunFolder,
     request: PretrainRequest,
     device: torch.device,
     progress: Progress | None,
 ) -> OnlineEvaluation | None:
-    """Labelled cases to score on, read and prepared before anything is trained; in the first process alone."""
+    """Images of the labelled cases to score on, prepared before anything is trained; in the first process alone."""
     if not config.evaluation.is_on:
         return None
     prepared: list[OnlineEvaluation] = []
@@ -240,6 +257,7 @@ def _prepare_evaluation(
                 cache=default_cache(request.cache),
                 look=Look(config.crops.mean, config.crops.std, autocast),
                 card=lambda step: card_facts(config, request.recipe, step, {"split_digest": data.split_digest}),
+                labelled=labelled,
                 pretraining=data.cases,
                 workers=worker_count(request.workers),
                 progress=progress,
@@ -346,6 +364,8 @@ def _finished_before(run: PretrainRun, folder: RunFolder, data: TrainingData, st
         f"backbone: {out / EXPORT}",
         "longer:   the same command with a larger optim.epochs goes on; --no-resume starts afresh",
     ]
+    if run.config.evaluation.is_on and not read_history(out):
+        lines.insert(1, "scores:   none: nothing was scored while it trained, and a finished run is not scored")
     facts = {**result_header("pretrain", started), "run": out, "steps": steps, "steps_now": 0, "export": out / EXPORT}
     return Result(lines, plain(facts), _left_out(run, folder, data))
 

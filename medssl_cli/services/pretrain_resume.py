@@ -1,4 +1,4 @@
-"""What must be the same when a pretraining run is resumed: its configuration, its samples an update, its images."""
+"""What must be the same when a pretraining run is resumed: configuration, samples an update, images, labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.store import Store
 from medssl_cli.engine.checkpoint import Checkpoint, compare_configs
 from medssl_cli.engine.distributed import world_size
+from medssl_cli.services.class_labels import ClassLabels
 from medssl_cli.services.pretrain_config import SAFE_KEYS, PretrainConfig
 from medssl_cli.services.pretrain_request import PretrainRequest
 from medssl_cli.services.run_folder import without_home
@@ -62,6 +63,24 @@ def refuse_other_data(checkpoint: Checkpoint, store: Store, request: PretrainReq
             fix="restore the files, choose another --out, or pass --allow-config-change data",
             code="config_changed",
         )
+
+
+def refuse_other_labels(checkpoint: Checkpoint, labels: ClassLabels, request: PretrainRequest) -> None:
+    """Refuse labels of the classification loss that are not those of the checkpoint: its head has learned those.
+
+    Raises:
+        ConfigError: The table changed under its name.
+    """
+    before = checkpoint.extra.get("labels_digest", labels.digest)
+    if before in (None, labels.digest) or {"semi_supervised", "semi_supervised.labels"} & {*request.allowed_changes}:
+        return
+    raise ConfigError(
+        "The labels differ from those of the run to be resumed.",
+        where=f"semi_supervised.labels: digest {str(before)[:12]} -> {str(labels.digest)[:12]}; "
+        f"classes now: {', '.join(labels.names)}",
+        fix="restore the table, choose another --out, or pass --allow-config-change semi_supervised.labels",
+        code="config_changed",
+    )
 
 
 def _in_samples(

@@ -116,6 +116,7 @@ def build_run(
     used_before: str | None = None,
     workers: int | None = None,
     labels: ClassLabels | None = None,
+    cases: int | None = None,
 ) -> PretrainRun:
     """Dataset, networks, optimizer and trainer; the same tensors for the same seed.
 
@@ -128,6 +129,7 @@ def build_run(
         used_before: Backend of the part of the run that is resumed, which is taken again if it works.
         workers: Loader processes asked for; None takes ``train.num_workers``, or fewer CPUs.
         labels: Classes for a semi-supervised loss.
+        cases: Of the run that these few stand for; None: they are all.
 
     Raises:
         ConfigError: Slices of these volumes would be distorted.
@@ -145,9 +147,9 @@ def build_run(
         in_chans=_input_channels(dataset),
         class_counts=labels.counts,
     )
-    notes += build_acceleration(config, objective, device, _total_steps(config, dataset))
+    epoch_steps = config.epoch_length(cases or len(dataset), world_size())
+    notes += build_acceleration(config, objective, device, config.optim.epochs * epoch_steps)
     parallel = build_gradients(config, objective, device)
-    epoch_steps = config.epoch_length(len(dataset), world_size())
     schedules = build_schedules(config, epoch_steps, world_size())
     workers = min(config.train.num_workers, _spare_cpus()) if workers is None else workers
     batches = _loader_of(config, device, dataset, workers)
@@ -176,10 +178,6 @@ def _input_channels(dataset: SliceDataset | ImageDataset) -> int:
     """Channels of the patch convolution: 3, which takes one grey channel too, unless pictures have another number."""
     odd = dataset.sequences is None and dataset.channels not in (1, 3)
     return dataset.channels if odd else 3
-
-
-def _total_steps(config: PretrainConfig, dataset: SliceDataset | ImageDataset) -> int:
-    return config.optim.epochs * config.epoch_length(len(dataset), world_size())
 
 
 def _spare_cpus() -> int:

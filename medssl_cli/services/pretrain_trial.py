@@ -58,6 +58,7 @@ def scratch_run(
             attention=request.attention,
             workers=request.workers,
             labels=labels,
+            cases=len(data.cases) if request.dry_run else None,
         )
         for line in run.introduction():
             log.info("%s", line)
@@ -67,7 +68,7 @@ def scratch_run(
 def smoke(run: PretrainRun, say: Say, started: float) -> Result:
     """A few steps, told one by one."""
     losses: list[float] = []
-    with contextlib.closing(run.batches(0)) as source:
+    with contextlib.closing(run.batches(0)) as source, run.trainer.say_out_of_memory():
         for _ in range(SMOKE_STEPS):
             losses.append(run.trainer.step(source).total_loss)
             if run.first:

@@ -138,6 +138,8 @@ def read_options(options: Sequence[str]) -> dict[str, str]:
             faults.append(f"--slurm {text}: not KEY=VALUE")
         elif name in OWN_OPTIONS:
             faults.append(f"--slurm {text}: use {OWN_OPTIONS[name]}")
+        elif name == "cpus_per_task" and not value.strip().isdigit():
+            faults.append(f"--slurm {text}: not a number")
         given[name] = value.strip()
     if faults:
         raise ConfigError(
@@ -159,7 +161,8 @@ def _parameters(
         "nodes": nodes,
         "tasks_per_node": processes_per_node,
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # else the others wait for the one that failed
+        # else the others wait for the one that failed, and since SLURM 22.05 srun gives each task one CPU
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={int(given['cpus_per_task'])}"],
         "cpus_per_task": int(given["cpus_per_task"]),
         **{f"slurm_{key}": given[key] for key in ("time", "mem") if key in given},
     }

@@ -276,7 +276,8 @@ def _there(source: _Source, cases: list[Case], unreadable: list[Failure]) -> lis
         raise DataError(
             f"{len(faults)} of {len(cases)} files that {source.root.name} names cannot be used.",
             where="\n".join(f"case {name}: {path}: {reason}" for name, path, reason, _ in faults[:_SHOWN]) + more,
-            fix="correct the paths, or leave these cases out; a relative path counts from the folder of the table",
+            fix="correct the paths, or leave these cases out; a relative path counts from the folder "
+            "of the table, or from the one that the environment variable DATASETS_DIR names",
             code="file_missing",
         )
     unreadable += faults

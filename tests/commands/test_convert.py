@@ -164,7 +164,7 @@ def test_convert_weights_then_info_and_infer(foreign_weights: Path, tmp_path: Pa
     assert (tmp_path / "w.safetensors").is_file()
 
 
-def test_infer_with_a_convnext_needs_a_map_without_attention(tmp_path: Path) -> None:
+def test_infer_with_a_convnext_makes_a_map_without_attention(tmp_path: Path) -> None:
     import torch
 
     from medssl_cli.data.images import write_image
@@ -175,10 +175,11 @@ def test_infer_with_a_convnext_needs_a_map_without_attention(tmp_path: Path) -> 
     assert medssl("convert", "weights", tmp_path / "c.pth", tmp_path / "w")[0] == 0
     write_image(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (70, 100), dtype=np.uint8))
     infer = ("infer", tmp_path / "a.png", "--model", tmp_path / "w", "--heatmap")
-    code, _, err = medssl(*infer, "--out", tmp_path / "o1")
-    assert (code, "heatmap_method=similarity" in err) == (2, True)
-    code, _, err = medssl(*infer, "--out", tmp_path / "o2", "heatmap_method=similarity")
+    code, out, err = medssl(*infer, "--out", tmp_path / "o1")
     assert code == 0, err
+    assert "(similarity)" in out
+    code, _, err = medssl(*infer, "--out", tmp_path / "o2", "heatmap_method=rollout")
+    assert (code, "heatmap_method=similarity" in err) == (2, True)
 
 
 def test_w01_r08_faults_of_convert_weights(foreign_weights: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from medssl_cli.core.config import load_config
 from medssl_cli.core.run import locked
+from medssl_cli.objectives.self_distillation import SelfDistillation
 from medssl_cli.services.pretrain_config import PretrainConfig
 
 Run = Callable[..., Any]
@@ -339,6 +340,25 @@ def test_dry_run_estimates_and_writes_nothing(
     facts = json.loads(tiny(*words, "--json").stdout)
     assert facts["hours"] == pytest.approx(8 * 4 / facts["images_per_s"] / 3600)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["--smoke", "--dry-run"])
+def test_a_trial_that_runs_out_of_memory_ends_like_a_run(tiny: Run, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    monkeypatch.setattr(SelfDistillation, "losses", too_much)
+    answer = tiny(way)
+    assert answer.exit_code == 6
+    assert "There is not enough memory." in answer.stderr
+    assert "Tried to allocate 80.00 GiB" in answer.stderr
+
+
+def test_dry_run_tells_the_epochs_of_all_cases_though_it_looks_at_four(tiny: Run) -> None:
+    """Whether a run is worth compiling for follows from its length too."""
+    answer = tiny("--dry-run", "train.batch_size_per_gpu=4", "train.OFFICIAL_EPOCH_LENGTH=auto")
+    assert "4 steps of 4 samples, 2 an epoch" in answer.stderr
+    assert "4 steps of 4 samples take about" in answer.stdout
 
 
 # --- wrong usage -----------------------------------------------------------------------------------------------------

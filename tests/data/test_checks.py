@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from medssl_cli.core.case import Case, Sequence
+from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.checks import (
     CaseRules,
@@ -19,8 +20,9 @@ from medssl_cli.data.checks import (
     check_named_case,
     check_splits,
 )
-from medssl_cli.data.images import write_image, write_volume
+from medssl_cli.data.images import read_volume, write_image, write_volume
 from medssl_cli.data.manifest import Ids, Owner
+from medssl_cli.data.preprocess import PreprocessConfig, prepare_case
 
 AFFINE = np.diag([0.5, 0.5, 1.0, 1.0])
 RULES = CaseRules(("ax_t2wi", "ax_adc", "ax_dwi"))
@@ -421,6 +423,26 @@ def test_a_case_of_a_layout_is_asked_the_same_as_a_folder(tmp_path: Path) -> Non
     assert {f.code for f in named.findings} == {"sequence_missing", "grid_shape", "roi_empty"}
 
 
+@pytest.mark.parametrize(("shape", "missing"), [((8, 20, 24), 1), ((2, 8, 20, 24), 2)])
+def test_r09_a_channel_that_a_file_lacks_is_never_taken_from_another(
+    tmp_path: Path, shape: tuple[int, ...], missing: int
+) -> None:
+    """A description names more channels than the file has volumes, as in a damaged Decathlon folder."""
+    write_volume(tmp_path / "a.nii.gz", Volume(np.random.default_rng(0).random(shape, dtype=np.float32), np.eye(4)))
+    for index in range(missing + 1):
+        case = Case("a", "a", {"x": Sequence("x", tmp_path / "a.nii.gz", volume_index=index)})
+        codes = [f.code for f in check_case(case).findings if f.severity == "error"]
+        assert codes == (["volume_absent"] if index == missing else [])
+        if index == missing:
+            for read in (
+                lambda case=case: prepare_case(case, ("x",), PreprocessConfig()),
+                lambda index=index: read_volume(tmp_path / "a.nii.gz", volume_index=index),
+            ):
+                with pytest.raises(DataError) as caught:
+                    read()
+                assert caught.value.code == "volume_absent"
+
+
 def test_npy_pictures_and_volumes_are_checked(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "picture.npy", rng.integers(0, 255, (40, 40, 3)).astype(np.uint8))
@@ -434,3 +456,6 @@ def test_npy_pictures_and_volumes_are_checked(tmp_path: Path) -> None:
         assert bool(checked.volumes) == (name == "volume")
         assert bool(checked.pictures) == (name == "picture")
     assert codes == {"picture": [], "volume": ["npy_geometry", "dtype"], "bad": ["npy_shape"]}
+    volume = Case("volume", "volume", {"image": Sequence("image", tmp_path / "volume.npy")})
+    alone = check_case(volume, only_pictures=True)  # in a folder of pictures, where training cannot read it
+    assert [(f.severity, f.code) for f in alone.findings] == [("error", "npy_shape")]

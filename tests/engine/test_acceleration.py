@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from medssl_cli.core.errors import ConfigError
@@ -115,13 +116,71 @@ def test_the_last_block_may_meet_several_numbers_of_tokens(monkeypatch: pytest.M
 
 
 def test_cuda_graphs_are_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Network, "forward_needed", Network.forward, raising=False)
     recorder, pair, begun = Recorder(monkeypatch), Pair(), []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     lines = accelerate(pair, AccelerationConfig(compile=True, cudagraphs=True), CUDA, "bf16", 5)
-    assert recorder.asked == [{"dynamic": False}] * 3 + [{"dynamic": False, "mode": "reduce-overhead"}] * 3
+    graphs = {"dynamic": False, "mode": "reduce-overhead"}
+    assert recorder.asked == [{"dynamic": False}, {"dynamic": False}, {}, graphs, graphs, {}]
     assert lines[1] == "CUDA graphs: the teacher's blocks"
     pair(torch.ones(2, 4))
     assert begun == [1], "once a pass of the teacher"
+    pair.teacher["backbone"].forward_needed(torch.ones(2, 4))  # type: ignore[operator]
+    assert begun == [1, 1], "whatever the name under which the network is called"
+    pair.student["backbone"](torch.ones(2, 4))
+    assert begun == [1, 1], "the student has no graphs"
+
+
+def test_cuda_graphs_of_sharded_networks_are_refused() -> None:
+    config = AccelerationConfig(compile=True, cudagraphs=True)
+    with pytest.raises(ConfigError) as caught:
+        accelerate(Pair(), config, CUDA, "bf16", 10**6, sharded=True)
+    assert caught.value.code == "cudagraphs_need_whole_parameters"
+    assert "compute_precision.parallel: fsdp" in caught.value.where
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of DDP and of the compiler
+def test_compiled_blocks_stay_whole_inside_ddp_and_take_any_number_of_tokens() -> None:
+    """PyTorch would cut each graph at the border of a gradient bucket, 1 MiB here, and fail at the second number."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(len(graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)))
+        return graph
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(400, 400) for _ in range(4))
+
+        def forward(self, x: Tensor, tokens: int) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).unflatten(0, (-1, tokens)).flatten(0, 1)
+            return x
+
+    class Whole(Network):
+        def forward(self, x: Tensor, tokens: int) -> Tensor:  # type: ignore[override]
+            return self.blocks[0](x, tokens).sum()
+
+    network = Whole(depth=0)
+    network.blocks.append(Wide())
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True), pytest.MonkeyPatch.context() as patch:
+            compile_ = nn.Module.compile
+            patch.setattr(nn.Module, "compile", lambda module, **how: compile_(module, backend=count, **how))
+            network.forward_needed = network.forward  # type: ignore[assignment]  # so that the block may vary
+            accelerate(network, AccelerationConfig(compile=True), CPU, "fp32", 5)
+            wrapped = nn.parallel.DistributedDataParallel(network)
+            for tokens in (2, 3, 5):
+                wrapped(torch.ones(2 * tokens, 400), tokens).backward()
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert compiled_blocks(network) == 1, "nothing fell back"
+    assert graphs == [4, 4], "one graph for the first number of tokens, one for all others"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from medssl_cli.engine.checkpoint import read_latest
 from medssl_cli.engine.distributed import (
     NetworkShardingConfig,
     Place,
+    Sharded,
+    _skeleton,
     expand_nodes,
     find_place,
     from_first,
@@ -142,6 +144,20 @@ def test_student_and_teacher_are_sharded_alike() -> None:
     assert "compute_precision.student.backbone.sharding_strategy=NO_SHARD" in caught.value.where
     assert "compute_precision.teacher.backbone.sharding_strategy=SHARD_GRAD_OP" in caught.value.where
     refuse_uneven_sharding(whole, whole, ["backbone"])
+
+
+def test_the_whole_teacher_of_a_sharded_run_lies_where_it_is_evaluated() -> None:
+    """On the CPU the scores of a large network would take longer than the training between them."""
+    module, sharded = torch.nn.Linear(3, 2), object.__new__(Sharded)
+    sharded._skeletons, sharded._device = {id(module): _skeleton(module)}, torch.device("meta")
+    whole = sharded.whole(module)
+    assert whole is not None
+    assert {tensor.device.type for tensor in whole.parameters()} == {"meta"}
+    sharded._device = runs.CPU
+    whole = sharded.whole(module)
+    assert whole is not None
+    assert torch.equal(whole.weight, module.weight)
+    assert whole.weight is not module.weight
 
 
 # --- R05: two processes equal one ------------------------------------------------------------------------------------

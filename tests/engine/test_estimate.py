@@ -139,3 +139,14 @@ def test_after_a_long_first_step_no_more_are_made(monkeypatch: pytest.MonkeyPatc
     assert [fit.steps for fit in module._timed(stub)] == [1]
     monkeypatch.setattr(module, "LONG_STEP_SECONDS", 10.0)
     assert [fit.steps for fit in module._timed(stub)] == [1, 3]
+
+
+def test_the_loaders_of_all_processes_are_compared_with_the_step_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's images are those of all processes; a loader gives those of its own."""
+    monkeypatch.setattr(module, "loader_images_per_s", lambda *_, **__: 50.0)
+    monkeypatch.setattr(module, "world_size", lambda: 4)
+    found = estimate(
+        trainer(None, steps=20), batch=4, samples_per_step=16, steps=20, cases=10, cache_bytes=1, workers=3
+    )
+    assert found.loader_images_per_s == 200.0
+    assert "the loader alone gives 200.0 images/s with 12 processes" in found.lines()[1]

@@ -15,6 +15,7 @@ import torch
 from engine_stub import Stub, slices, trainer
 from torch import Tensor
 
+from medssl_cli.core.errors import ResourceError
 from medssl_cli.core.protocols import Batch
 from medssl_cli.engine import memory
 from medssl_cli.engine.memory import GIB, BatchAdvice, MemoryReport
@@ -205,6 +206,15 @@ def test_the_advice_keeps_the_samples_of_an_update(monkeypatch: pytest.MonkeyPat
     assert (less.batch, less.accumulation) == (4, 16)
 
 
+def test_memory_that_ends_outside_a_step_is_said_in_three_lines() -> None:
+    with pytest.raises(memory.ResourceError) as caught, memory.saying_out_of_memory(torch.device("cuda")):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    assert (caught.value.exit_code, caught.value.code) == (6, "out_of_memory")
+    assert caught.value.where == "cuda: CUDA out of memory. Tried to allocate 2.00 GiB."
+    with pytest.raises(RuntimeError, match="a bug"), memory.saying_out_of_memory(CPU):
+        raise RuntimeError("a bug")
+
+
 def test_the_message_names_peak_limit_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_limit", lambda _: 12 * GIB)
     monkeypatch.setattr(memory, "_read_peak", lambda _: 11 * GIB)
@@ -301,3 +311,29 @@ def test_a_trainer_that_runs_out_of_memory_is_told_what_fits(monkeypatch: pytest
     assert error.fix.startswith(
         "train.batch_size_per_gpu=6 train.grad_accumulation=4 would take peak 4.00 GiB of 5.00 GiB; "
     )
+
+
+def test_moments_are_counted_once_when_a_first_step_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each probe starts like the failed step, without the optimizer's state, which is added to what it takes."""
+
+    class Hungry(Stub):
+        taken = 0
+
+        def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+            samples = len(batch.global_VSHW) // 2
+            held.append((samples, len(stub.optimizer.state)))
+            self.taken = GIB + samples * GIB // 2 + (2 * GIB if stub.optimizer.state else 0)
+            if self.taken >= 5 * GIB:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB")
+            return super().losses(batch, values)
+
+    held: list[tuple[int, int]] = []
+    hungry = Hungry()
+    monkeypatch.setattr(memory, "memory_limit", lambda _: 5 * GIB)
+    monkeypatch.setattr(memory, "_reset_peak", lambda _: True)
+    monkeypatch.setattr(memory, "_read_peak", lambda _: hungry.taken)
+    stub = trainer(None, objective=hungry, batches=lambda step: itertools.repeat(slices(0, 0, 8)))
+    with pytest.raises(ResourceError) as caught:
+        stub.fit()
+    assert held == [(8, 0), (1, 0), (2, 0)]
+    assert caught.value.fix.startswith("train.batch_size_per_gpu=4 train.grad_accumulation=2 would take peak 3.00 GiB")

@@ -7,6 +7,7 @@ import pytest
 from engine_stub import CPU
 
 from medssl_cli.core.errors import ResourceError
+from medssl_cli.engine.health import CollapseError, HealthConfig, HealthMonitor
 from medssl_cli.engine.schedules import Schedules
 from medssl_cli.engine.telemetry import StepRecord, Telemetry, read_metrics
 
@@ -142,6 +143,15 @@ def test_collapse_is_said_once_and_not_of_a_fresh_network(tmp_path: Path, caplog
         "Collapse? teacher_entropy is 0.05 at step 300, below 0.1: "
         "the teacher gives every image the same few prototypes."
     ]
+
+
+def test_r05_a_collapse_that_stops_the_run_names_the_checkpoint(tmp_path: Path) -> None:
+    log = telemetry(tmp_path, log_every=1)
+    log.monitor = HealthMonitor(HealthConfig(action="stop"))
+    log.start(0)
+    with pytest.raises(CollapseError) as error:
+        log.record(record(300), lambda: {"teacher_entropy": 0.05}, lambda: "last good checkpoint: step_0000200")
+    assert "last good checkpoint: step_0000200" in error.value.where
 
 
 def test_health_is_asked_for_a_line_only(tmp_path: Path) -> None:

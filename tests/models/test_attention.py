@@ -29,6 +29,7 @@ def fresh_choice() -> Iterator[None]:
         attention._forced = None
         attention._import_xformers.cache_clear()
         attention._block_mask.cache_clear()
+        attention._kept_starts.cache_clear()
 
     forget()
     yield
@@ -456,3 +457,39 @@ def test_a_trial_on_a_gpu_leaves_plain_out_and_gives_its_memory_back(dtype: torc
     assert torch.cuda.memory_allocated(device) - before < 2**20
     assert "others work" in next(t.detail for t in choice.timings if t.name == "plain")
     assert attention.choose_backend(torch.device("cuda"), dtype) == choice.name
+
+
+def test_varlen_attention_is_one_graph_with_the_starts_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A break would cut every compiled block in two, and a list of starts would be copied to the device in each."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def in_the_open(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: object) -> Tensor:
+        return q + k + v + starts[-1]
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(varlen, "varlen_attn", in_the_open)
+    q, k, v = packed()
+    found = torch.compile(attention._attend_varlen, backend=keep, fullgraph=True)(q, k, v, GROUPS)
+    assert torch.equal(found, q + k + v + 33)
+    assert len(graphs) == 1
+    assert [name for name, _ in graphs[0].named_buffers()] == ["sub_starts"] or "torch.tensor" not in graphs[0].code
+    assert attention._starts(GROUPS, "cpu").tolist() == [0, 9, 18, 23, 28, 33]
+
+
+def test_a_kernel_that_refuses_the_shapes_of_a_run_takes_no_part_in_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attention._KERNELS["sdpa"]
+
+    def small_only(q: Tensor, k: Tensor, v: Tensor, groups: attention.Groups) -> Tensor:
+        if q.shape[-1] == 16:
+            raise ValueError("this operator takes no width of 16")
+        return whole(q, k, v, groups)
+
+    monkeypatch.setitem(attention._KERNELS, "sdpa", small_only)
+    choice = attention.choose_by_trial(CPU, torch.float32, ((8, 300),), 2, 16)
+    assert choice.name == "plain"
+    assert "not timed: sdpa: ValueError: this operator takes no width of 16" in choice.line()

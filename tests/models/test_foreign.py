@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from medssl_cli.core.errors import CheckpointError
 from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.foreign import ORIGINS, SOURCES, contradicts, foreign_parts, infer_settings, translate
+from medssl_cli.models.rope import rope_periods
 from medssl_cli.models.vit import VisionTransformer
 
 
@@ -121,3 +123,44 @@ def test_what_is_left_over_counts_as_a_head_or_as_a_part() -> None:
         "decoder_norm.bias",
     ]
     assert foreign_parts(names) == ["blocks.3.norm1.bias", "norm_pre.weight"]
+    heads = ["local_head.0.weight", "projector.2.bias", "classifier.weight", "logit_scale", "dino_loss.center"]
+    assert foreign_parts([*heads, "norms.3.weight", "storage_tokenz", "tokens"]) == ["storage_tokenz", "tokens"]
+
+
+@pytest.mark.parametrize("source", ["dinov2", "dinov3", "hf", "timm", "convnext"])
+def test_r08_r21_damaged_tensors_are_refused_in_the_error_family(source: str) -> None:
+    """Each tensor in turn is taken away, or gets a shape that it never has."""
+    kinds: dict[str, Any] = {
+        "hf": {
+            **{
+                f"encoder.layer.0.attention.attention.{n}.weight": torch.zeros(64, 64)
+                for n in ("query", "key", "value")
+            },
+            "embeddings.patch_embeddings.projection.weight": torch.zeros(64, 3, 8, 8),
+            "embeddings.cls_token": torch.zeros(1, 1, 64),
+            "embeddings.register_tokens": torch.zeros(1, 4, 64),
+            "embeddings.mask_token": torch.zeros(1, 64),
+            "embeddings.position_embeddings": torch.zeros(1, 5, 64),
+            "encoder.layer.0.mlp.gate_proj.weight": torch.zeros(176, 64),
+            "encoder.layer.0.mlp.up_proj.weight": torch.zeros(176, 64),
+            "encoder.layer.0.mlp.down_proj.weight": torch.zeros(64, 176),
+        },
+        "convnext": {
+            name: torch.zeros(t.shape) for name, t in ConvNeXt(depths=(1,) * 4, dims=(8,) * 4).state_dict().items()
+        },
+    }
+    if source == "dinov3":
+        state = {name: torch.zeros(t.shape) for name, t in vit(pos_embed_type="rope").items() if ".mlp.fc" not in name}
+        for i in (0, 1):
+            state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(384)
+            state |= {f"blocks.{i}.mlp.{w}.weight": torch.zeros(344, 128) for w in ("w1", "w2")}
+        state["rope_embed.periods"] = rope_periods(64, 100.0, "fp32")
+    else:
+        state = kinds.get(source) or {name: torch.zeros(t.shape) for name, t in vit().items()}
+    infer_settings(translate(state, source)[0], source)
+    shapes = [(), (0,), (3,), (2, 0), (2, 2, 2), (1, 0, 5), (1, 5, 0), (0, 3, 16, 16), (1, 1, 1, 1)]
+    for name in state:
+        for damaged in ({}, *({name: torch.zeros(shape)} for shape in shapes)):
+            broken = {key: tensor for key, tensor in state.items() if key != name} | damaged
+            with contextlib.suppress(CheckpointError):
+                infer_settings(translate(broken, source)[0], source)

@@ -24,6 +24,7 @@ from medssl_cli.models.zoo import (
     build_backbone,
     card_path,
     card_warnings,
+    differences_to_card,
     load_backbone,
     load_into,
     read_card,
@@ -528,3 +529,39 @@ def test_w03_a_backbone_of_another_modality_is_told() -> None:
         ({"modality": "ct"}, None),
     ):
         assert card_warnings(card, modality) == []
+
+
+def test_weights_that_do_not_fit_name_the_keys_that_would() -> None:
+    file = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=1, num_register_tokens=4, mask_k_bias=True,
+        pos_embed_type="rope",
+    )  # fmt: skip
+    for missing in ("mask_k_bias", "num_register_tokens", "pos_embed_type"):
+        settings = {"num_register_tokens": 4, "mask_k_bias": True, "pos_embed_type": "rope"}
+        del settings[missing]
+        model = VisionTransformer(img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=1, **settings)
+        with pytest.raises(CheckpointError) as caught:
+            load_into(model, file.state_dict())
+        wanted = {"mask_k_bias": "true", "num_register_tokens": "4", "pos_embed_type": "rope"}[missing]
+        assert f"student.{missing}={wanted}" in caught.value.fix
+
+
+def test_weights_of_a_convnext_name_their_architecture() -> None:
+    with torch.device("meta"):
+        file = build_backbone(StudentConfig(arch="convnext_small"), 64, None, stochastic_depth=False)
+    with pytest.raises(CheckpointError) as caught:
+        load_into(tiny(), file.state_dict())
+    assert "student.arch=convnext_small" in caught.value.fix
+
+
+def test_other_heads_than_the_cards_are_refused_and_another_eps_is_told() -> None:
+    model = VisionTransformer(img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=2)
+    same = {"arch": dict(model.settings)}
+    assert differences_to_card(same, model) == []
+    assert differences_to_card({}, model) == []
+    told = differences_to_card({"arch": {**model.settings, "layernorm_eps": 1e-5}}, model)
+    assert len(told) == 1
+    assert "student.layernorm_eps=1e-05" in told[0]
+    with pytest.raises(CheckpointError) as caught:
+        differences_to_card({"arch": {**model.settings, "num_heads": 4}}, model)
+    assert "student.num_heads=4" in caught.value.fix

@@ -87,6 +87,27 @@ def test_t36_first_loss_of_a_vision_transformer_is_what_was_predicted(bottleneck
     assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.12)
 
 
+@pytest.mark.parametrize("layerscale", [1e-5, 1.0])
+@pytest.mark.parametrize("temperature", [0.02, 0.04])
+def test_t36_first_loss_with_sinkhorn_knopp_is_what_was_predicted(temperature: float, layerscale: float) -> None:
+    """Its targets share nearly equal rows out over all prototypes, so they are nearly uniform."""
+    objective = build(512, layerscale=layerscale, bottleneck=64, centering="sinkhorn_knopp")
+    expected = expected_first_loss(
+        objective.dino,
+        objective.ibot,
+        local_crops_number=3,
+        batch_size=4,
+        n_sequences=3,
+        teacher_temperature=temperature,
+        layerscale=layerscale,
+        centering="sinkhorn_knopp",
+    )
+    found = {name: loss.item() for name, loss in objective.losses(views(), {"teacher_temp": temperature}).items()}
+    for name in ("dino_local_crops_loss", "dino_global_crops_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=0.12), name
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.15)
+
+
 def test_one_batch_is_overfitted_by_a_vision_transformer() -> None:
     objective, batch = build(64, drop_path_rate=0.1, layerscale=1.0, centering="sinkhorn_knopp"), views()
     optimizer = torch.optim.AdamW(objective.student.parameters(), lr=3e-3)

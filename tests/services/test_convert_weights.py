@@ -494,6 +494,20 @@ def test_w35_features_at_512_are_the_same_whichever_way_the_model_is_built(tmp_p
     assert "choose 496 or 512" in caught.value.fix
 
 
+def test_dinov3_convnext_files_of_hugging_face_give_the_same_features(tmp_path: Path) -> None:
+    import transformers as hf
+
+    config = hf.DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], layer_scale_init_value=0.5)
+    theirs = shaken(hf.DINOv3ConvNextModel(config))
+    ours, card, _ = convert(tmp_path, theirs.state_dict())
+    picture = images(2, 3, 96, 64)
+    with torch.no_grad():
+        expected, found = theirs(picture).last_hidden_state, ours(picture)
+    torch.testing.assert_close(found.cls_BD, expected[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.patches_BND, expected[:, 1:], atol=1e-5, rtol=0)
+    assert (card["source"], card["family"], card["load_report"]["unexpected"]) == ("hf", "convnext", [])
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +531,47 @@ def test_r08_t13_whatever_would_stay_random_is_refused(tmp_path: Path) -> None:
     assert "blocks.0.attn.q_norm.weight" in refused(tmp_path, inner).where
     assert refused(tmp_path, {f"encoder.{n}": t for n, t in state.items()}).code == "weights_source_unknown"
     assert "its names are those of dinov2" in refused(tmp_path, state, source="convnext").where
+
+
+def test_r08_a_renamed_tensor_is_refused_even_where_the_network_exists_without_it(tmp_path: Path) -> None:
+    state = hugging_face("registers").state_dict()
+    state["embeddings.registers"] = state.pop("embeddings.register_tokens")
+    assert "unexpected 1: embeddings.registers" in refused(tmp_path, state).where
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_r08_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, value: float | None) -> None:
+    state = native(hugging_face("dinov2"))
+    token = state["cls_token"]
+    state["cls_token"] = token.to(torch.int32) if value is None else torch.full_like(token, value)
+    error = refused(tmp_path, state)
+    assert (error.code, "cls_token" in error.where) == ("weights_nonfinite", True)
+
+
+def test_another_activation_beside_a_hugging_face_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "quick_gelu"}))
+    assert "quick_gelu" in refused(tmp_path, hugging_face("vit").state_dict()).where
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("convnext", ("num_heads=3", "layernorm_eps=1e-3", "interpolate_offset=0")),
+        ("dinov3", ("interpolate_antialias=true",)),
+        ("vit", ("pos_embed_rope_dtype=bf16",)),
+    ],
+)
+def test_options_without_effect_are_named(tmp_path: Path, kind: str, overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert(tmp_path, hugging_face(kind).state_dict(), overrides=overrides)
+    assert caught.value.code == "config_without_effect"
+    assert all(text.partition("=")[0] in caught.value.where for text in overrides)
+
+
+def test_a_folder_is_answered_with_the_name_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert_weights(WeightsRequest(tmp_path, tmp_path / "out"))
+    assert "model.safetensors" in caught.value.fix
 
 
 def test_r08_w01_unreadable_files_are_refused_and_older_weights_stay(tmp_path: Path) -> None:

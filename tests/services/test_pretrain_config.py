@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from medssl_cli.core.config import dump_config, load_config
+from medssl_cli.core.config import dump_config, leaves, load_config
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.services.pretrain import PretrainRequest, resolve_config
 from medssl_cli.services.pretrain_config import PretrainConfig, TrainConfig
@@ -257,3 +257,122 @@ def test_a_convolutional_backbone_is_refused_with_masks_and_taken_without() -> N
         PretrainConfig.model_validate({**arch, "ibot": {"loss_weight": 0.0}})
     without = {"ibot": {"loss_weight": 0.0, "mask_sample_probability": 0.0}}
     assert PretrainConfig.model_validate({**arch, **without}).student.size == (768, 18, 1)
+
+
+def test_labels_and_roles_without_use_are_named() -> None:
+    def told(*overrides: str) -> str:
+        return " ".join(resolve_config(PretrainRequest(config="demo", overrides=overrides)).warnings())
+
+    assert "semi_supervised.target, semi_supervised.labels" in told(
+        "semi_supervised.target=grade", "semi_supervised.labels=a.csv"
+    )
+    assert "semi_supervised" not in told("semi_supervised.target=grade", "semi_supervised.loss_weight=0.5")
+    assert "MODEL.init_from student" in told("MODEL.init_from=student")
+    assert "init_from" not in told("MODEL.init_from=student", "MODEL.WEIGHTS=a.pth")
+
+
+def test_v04_another_modality_brings_its_own_statistics() -> None:
+    config = resolve_config(PretrainRequest(config="visionfm_fundus", overrides=("data.modality=B-Ultrasound",)))
+    assert config.crops.mean == (0.05989236, 0.05978666, 0.056694973)
+    assert config.crops.std == (0.154277, 0.15504874, 0.14464583)
+    assert not config.warnings()
+    own = resolve_config(PretrainRequest(config="visionfm_fundus", overrides=("crops.mean=[0.1, 0.2, 0.3]",)))
+    assert own.crops.mean == (0.1, 0.2, 0.3)
+    (line,) = own.warnings()
+    assert "crops.mean" in line
+    assert "crops.std" not in line
+    again = PretrainConfig.model_validate(config.model_dump(mode="json"))
+    assert again == config
+    assert not any("data.modality" in text for text in again.warnings()), "its own file says the same"
+
+
+def test_sequences_of_the_evaluation_mean_nothing_for_pictures() -> None:
+    config = load_config(
+        PretrainConfig,
+        "images_small",
+        recipes="pretrain",
+        overrides=("evaluation.missing_sequences=true", "evaluation.slices=3"),
+    )
+    assert config.without_effect("images") == ["evaluation.slices: 3", "evaluation.missing_sequences: True"]
+
+
+VISIONFM = {
+    "train.batch_size_per_gpu": 128, "train.centering": "centering", "student.arch": "vit_base",
+    "student.patch_size": 16,
+    "student.layerscale": 0.0, "student.num_register_tokens": 0, "student.drop_path_rate": 0.1,
+    "student.drop_path_uniform": False, "dino.head_n_prototypes": 8192, "dino.norm_last_layer": True,
+    "dino.koleo_loss_weight": 0.0, "dino.loss_weight": 1.0, "ibot.loss_weight": 1.0, "ibot.separate_head": False,
+    "ibot.separate_last_layer": False, "ibot.mask_sampling": "per_image", "ibot.pred_ratio": [0.0, 0.3],
+    "ibot.pred_ratio_var": [0.0, 0.2], "ibot.pred_shape": "block", "ibot.pred_start_epoch": 0,
+    "ibot.center_tokens": "all", "teacher.momentum_teacher": 0.996, "teacher.warmup_teacher_patch_temp": 0.04,
+    "teacher.teacher_patch_temp": 0.07, "teacher.warmup_teacher_temp_epochs": 30,
+    "crops.global_crops_scale": [0.32, 1.0],
+    "crops.local_crops_number": 0, "crops.crops_aspect": [0.8, 1.2], "crops.color_jitter": [0.4, 0.4, 0.2, 0.1],
+    "crops.grey_prob": 0.2, "crops.solarize_prob": 0.2, "crops.blur_probs": [1.0, 0.1, 0.5],
+    "crops.max_blur_radius": 2.0,
+    "crops.gamma_range": [1.0, 1.0], "optim.epochs": 400, "optim.warmup_epochs": 50, "optim.base_lr": 7.5e-5,
+    "optim.min_lr": 2e-6, "optim.scaling_rule": "linear_wrt_256", "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.4, "optim.clip_grad": 3.0, "optim.clip_mode": "tensor",
+    "optim.freeze_last_layer": "gradient", "optim.freeze_last_layer_epochs": 3, "optim.layerwise_decay": 1.0,
+    "optim.patch_embed_lr_mult": 1.0,
+}  # fmt: skip
+"""iBOT as VisionFM runs it, and what one engine must be told for it."""
+
+TABLES = {
+    "visionfm_ffa": VISIONFM,
+    "visionfm_slitlamp": VISIONFM,
+    "ibot_vits16": {
+        "student.arch": "vit_small", "dino.norm_last_layer": False, "crops.local_crops_number": 10,
+        "crops.global_crops_scale": [0.14, 1.0], "crops.local_crops_scale": [0.05, 0.4], "crops.local_crops_size": 96,
+        "optim.base_lr": 5e-4, "optim.min_lr": 1e-6, "optim.epochs": 100, "optim.warmup_epochs": 10,
+        "optim.freeze_last_layer_epochs": 1, "teacher.momentum_teacher": 0.996,
+    },
+    "glioma_vitb14": {
+        "train.batch_size_per_gpu": 64, "train.OFFICIAL_EPOCH_LENGTH": 42, "train.num_workers": 15,
+        "train.img_size": 518,
+        "student.arch": "glioma_vit_base", "student.patch_size": 14, "student.use_mri_seq_embed": True,
+        "dino.head_n_prototypes": 3, "ibot.mask_per_channel": True, "semi_supervised.loss_weight": 0.5,
+        "crops.global_crops_size": 98, "crops.local_crops_size": 56, "crops.global_crops_scale": [0.5, 1.0],
+        "crops.local_crops_scale": [0.2, 0.5], "crops.crop_from_tumor_foreground": True, "crops.intensity_aug": "none",
+        "optim.epochs": 200, "optim.warmup_epochs": 20, "optim.base_lr": 1e-4, "optim.freeze_backbone_epochs": 10,
+        "evaluation.eval_period_iterations": 210, "data.min_roi_pixels": 500, "data.spatial_size": 96,
+        "evaluation.metric_types": ["mcc", "mean_per_class_accuracy", "multiclass_auc", "f1"],
+    },
+    "meddinov3_vitb16_ct": {
+        "student.pos_embed_type": "rope", "student.num_register_tokens": 4, "student.qkv_bias": False,
+        "student.pos_embed_rope_dtype": "bf16", "student.layernorm_eps": 1e-6, "student.drop_path_rate": 0.3,
+        "crops.global_crops_scale": [0.32, 1.0], "crops.local_crops_size": 96, "crops.local_crops_number": 8,
+        "ibot.mask_sample_probability": 0.5, "ibot.mask_ratio_min_max": [0.1, 0.5], "optim.base_lr": 1e-3,
+        "data.preprocess.window_hu": [-1000.0, 1000.0], "compute_precision.precision": "bf16",
+    },
+    "dinov2_vitl14": {
+        "dino.head_n_prototypes": 131072, "dino.head_bottleneck_dim": 384, "ibot.separate_head": True,
+        "train.centering": "sinkhorn_knopp", "student.ffn_layer": "swiglufused", "student.drop_path_rate": 0.4,
+        "teacher.momentum_teacher": 0.994, "optim.weight_decay_end": 0.2, "optim.layerwise_decay": 1.0,
+        "crops.local_crops_size": 98, "optim.warmup_epochs": 80,
+    },
+    "prostate_vitg14": {"student.arch": "vit_giant2", "dino.head_n_prototypes": 4096, "crops.intensity_aug": "rc"},
+}  # fmt: skip
+"""Published values by recipe."""
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_recipes_have_the_published_values(name: str) -> None:
+    found = dict(leaves(load_config(PretrainConfig, name, recipes="pretrain").model_dump(mode="json")))
+    assert {key: found[key] for key in TABLES[name]} == TABLES[name]
+
+
+def test_meddinov3_normalises_to_its_units() -> None:
+    """-1000, 0 and 1000 HU become -5.983, -0.3657 and 5.2517."""
+    crops = load_config(PretrainConfig, "meddinov3_vitb16_ct", recipes="pretrain").crops
+    assert isinstance(crops.mean, float)
+    assert isinstance(crops.std, float)
+    for hu, expected in ((-1000, -5.983), (0, -0.3657), (1000, 5.2517)):
+        assert ((hu + 1000) / 2000 - crops.mean) / crops.std == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["demo", "prostate_vitb14", "visionfm_oct", "glioma_vitb14", "images_small"])
+def test_a_configuration_fed_back_gives_the_same_words(name: str) -> None:
+    config = load_config(PretrainConfig, name, recipes="pretrain")
+    again = PretrainConfig.model_validate(yaml.safe_load(dump_config(config)))
+    assert again.warnings() == config.warnings()

@@ -89,11 +89,49 @@ def test_p42_a_classification_loss_learns_its_head_and_resumes(tiny: Run, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
+def test_p42_labels_that_changed_under_their_name_are_refused(tiny: Run, tmp_path: Path, labelled_tree: Path) -> None:
+    table = tmp_path / "labels.csv"
+    lines = (labelled_tree / "labels.csv").read_text().splitlines()
+    place = lines[0].split(",").index("label")
+    table.write_text("\n".join(lines) + "\n")
+    words = ("semi_supervised.loss_weight=0.5", "semi_supervised.target=label", f"semi_supervised.labels={table}")
+    first = tiny("run", *words, "optim.epochs=1")
+    assert first.exit_code == 0, first.stderr
+    assert "semi_supervised: labels are the column label" in first.stderr
+    assert "evaluation" not in first.stderr.lower()
+    rows = [line.split(",") for line in lines[1:]]
+    swapped = [[*row[:place], str(1 - int(row[place])), *row[place + 1 :]] for row in rows]
+    table.write_text("\n".join([lines[0], *map(",".join, swapped)]) + "\n")
+    again = tiny("run", *words)
+    assert again.exit_code == 2
+    assert "labels differ" in again.stderr
+    assert "--allow-config-change semi_supervised.labels" in again.stderr
+    allowed = tiny("run", *words, "--allow-config-change", "semi_supervised.labels")
+    assert allowed.exit_code == 0, allowed.stderr
+
+
 def test_labels_that_are_not_there_are_named(tiny: Run) -> None:
     answer = tiny("run", "semi_supervised.loss_weight=0.5", "semi_supervised.target=stage")
     assert answer.exit_code == 3
     assert "stage" in answer.stderr
     assert "fix:" in answer.stderr
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_faults_of_the_scores_show_before_anything_is_prepared(
+    tiny: Run, tmp_path: Path, dry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("images were prepared first")
+
+    monkeypatch.setattr("medssl_cli.services.pretrain.prepare_store", refuse)
+    monkeypatch.setattr("medssl_cli.services.pretrain_trial.prepare_store", refuse)
+    words = (*SCORED, "evaluation.target=stage", *(("--dry-run",) if dry else ()))
+    answer = tiny("run", *words)
+    assert answer.exit_code == 3, answer.stderr
+    assert "stage" in answer.stderr
+    assert not (tmp_path / "run").exists()
 
 
 PICTURES = (

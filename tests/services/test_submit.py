@@ -76,7 +76,7 @@ def test_submit_queues_the_same_command(medssl: Callable[..., Any], cluster: Fak
         "cpus_per_task": 16,
         "slurm_time": "24:00:00",
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        "slurm_srun_args": ["--kill-on-bad-exit=1", "--cpus-per-task=16"],
         "slurm_additional_parameters": {"partition": "gpu"},
     }
     program = [sys.executable, "-m", "medssl_cli", "pretrain"]
@@ -129,11 +129,12 @@ def test_missing_sbatch_is_said(medssl: Callable[..., Any], monkeypatch: pytest.
 def test_options_of_sbatch_are_read_or_refused_together() -> None:
     assert read_options(["--mem=64G", "cpus-per-task=4"]) == {"mem": "64G", "cpus_per_task": "4"}
     with pytest.raises(ConfigError) as caught:
-        read_options(["partition", "nodes=2", "gpus-per-node=8"])
+        read_options(["partition", "nodes=2", "gpus-per-node=8", "cpus-per-task=many"])
     assert caught.value.where.splitlines() == [
         "--slurm partition: not KEY=VALUE",
         "--slurm nodes=2: use --nodes",
         "--slurm gpus-per-node=8: use --gpus",
+        "--slurm cpus-per-task=many: not a number",
     ]
 
 
@@ -204,3 +205,5 @@ def test_the_real_submitit_writes_a_batch_script(
         assert f"#SBATCH {line}\n" in text
     assert "srun" in text
     assert "--kill-on-bad-exit=1" in text
+    started = next(line for line in text.splitlines() if line.startswith("srun "))
+    assert "--cpus-per-task=9" in started, "what sbatch was told, srun does not take over"
