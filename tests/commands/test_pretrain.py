@@ -494,6 +494,16 @@ def test_weights_may_stand_in_the_config(tiny: Run, finished_run: Path, key: str
     assert "(100.0%)" in answer.stderr
 
 
+def test_weights_that_do_not_fit_are_refused_before_images_are_prepared(
+    tiny: Run, finished_run: Path, tmp_path: Path
+) -> None:
+    words = ("--out", tmp_path / "run", "--cache", tmp_path / "cache", "student.embed_dim=48")
+    answer = tiny(*words, "--init", finished_run / "export/teacher_backbone.safetensors")
+    assert answer.exit_code == 7, answer.stderr
+    assert "mismatched" in answer.stderr
+    assert not (tmp_path / "cache").exists(), "nothing was prepared"
+
+
 def test_t15_rows_of_the_sequence_table_follow_the_names(tiny: Run, finished_run: Path, tmp_path: Path) -> None:
     words = ("--out", tmp_path / "run", "optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=1")
     export = "export/teacher_backbone.safetensors"
