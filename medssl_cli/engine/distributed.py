@@ -337,6 +337,7 @@ def _leave_with(error: MedsslError, place: Place, cause: BaseException | None = 
     """Raise the error in the first process; in the others too unless the first one has said the same."""
     # an interruption is agreed on and saved: whoever leaves before the first would have the launcher stop that one
     if place.rank and _first_says(error.exit_code, patience_s=120 if isinstance(error, Interrupted) else 3):
+        time.sleep(3)  # a launcher that sees this one end stops the first, which has yet to speak
         sys.exit(error.exit_code)
     if place.rank == 0 and _host.store is not None:
         with contextlib.suppress(RuntimeError):

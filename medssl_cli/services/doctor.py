@@ -311,7 +311,7 @@ def _ask_version(path: str) -> tuple[bool, str]:
 
 
 def _line(name: str, value: str) -> str:
-    return f"{name:<22} {value}"
+    return f"{name:<24} {value}"
 
 
 def _gib(count: int | None) -> str:
