@@ -33,7 +33,9 @@ def run(
         typer.Option(metavar="KEY=VALUE", help="With --submit: an option of sbatch, e.g. partition=gpu; repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint; --no-resume starts afresh.")] = True,
-    init: Annotated[Path | None, typer.Option(help="Weights for the student's backbone; training starts at 0.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Weights for the student's backbone, as a file or a run; training starts at 0.")
+    ] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Of a weight file that holds both: teacher or student. [default: teacher]")
     ] = None,

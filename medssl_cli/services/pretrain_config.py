@@ -26,6 +26,7 @@ from medssl_cli.objectives.self_distillation import TeacherConfig
 from medssl_cli.objectives.semi_supervised import SemiSupervisedConfig
 from medssl_cli.services.dinov2_keys import set_aside
 from medssl_cli.services.labelled_data import EvaluationConfig
+from medssl_cli.services.lookup import EXPORT
 
 SAFE_KEYS = frozenset(
     {
@@ -226,8 +227,6 @@ class PretrainConfig(Config):
                 f"train.img_size {self.train.img_size} is no multiple of student.patch_size {self.student.patch_size}: "
                 f"the position table has the grid of {self.position_side}."
             )
-        if self.optim.warmup_epochs > self.optim.epochs:
-            found.append(f"optim.warmup_epochs {self.optim.warmup_epochs} is cut to optim.epochs {self.optim.epochs}")
         return [text for text in found if text]
 
     def _unused_sharding(self) -> str | None:
@@ -256,9 +255,15 @@ class PretrainConfig(Config):
 
     @property
     def initial_weights(self) -> Path | None:
-        """Weights for the student's backbone at step 0: `MODEL.WEIGHTS`, else `student.pretrained_weights`."""
+        """Weights for the student's backbone at step 0: `MODEL.WEIGHTS`, else `student.pretrained_weights`.
+
+        A run folder, or one that `medssl convert weights` wrote, stands for the backbone in it.
+        """
         named = self.MODEL.WEIGHTS or self.student.pretrained_weights
-        return Path(named) if named else None
+        if not named:
+            return None
+        inside = (Path(named) / place for place in (EXPORT, EXPORT.name))
+        return next((path for path in inside if path.is_file()), Path(named))
 
     def epoch_length(self, n_cases: int, world: int = 1) -> int:
         """Optimizer steps an epoch."""

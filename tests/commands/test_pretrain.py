@@ -494,6 +494,16 @@ def test_weights_may_stand_in_the_config(tiny: Run, finished_run: Path, key: str
     assert "(100.0%)" in answer.stderr
 
 
+def test_a_run_stands_for_its_backbone(tiny: Run, finished_run: Path, tmp_path: Path) -> None:
+    words = ("optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=1", "--out")
+    export = "export/teacher_backbone.safetensors"
+    for name, init in (("run", finished_run), ("export", finished_run / "export"), ("file", finished_run / export)):
+        answer = tiny(*words, tmp_path / name, "--init", init)
+        assert answer.exit_code == 0, answer.stderr
+    found = {name: (tmp_path / name / export).read_bytes() for name in ("run", "export", "file")}
+    assert found["run"] == found["export"] == found["file"]
+
+
 def test_weights_that_do_not_fit_are_refused_before_images_are_prepared(
     tiny: Run, finished_run: Path, tmp_path: Path
 ) -> None:
