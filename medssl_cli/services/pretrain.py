@@ -178,12 +178,7 @@ def _train(
     weights = config.initial_weights if checkpoint is None else None
     if weights is not None:
         check_weights(config, weights, data.kind)
-    store = in_turns(lambda: _prepare(config, data, request, progress))
-    refuse_differences(
-        {"digest of the data": store.digest},
-        "The processes of this run have different images before them.",
-        "give all machines the same data under the same path; copies must keep the times of files (cp -a, rsync -a)",
-    )
+    store = _prepare(config, data, request, progress)
     evaluation = _prepare_evaluation(config, data, labelled, folder, request, device, progress)
     run = build_run(
         config,
@@ -196,11 +191,7 @@ def _train(
         labels=labels,
     )
     checkpoints.sequence_names = run.sequences or ()
-    checkpoints.extra = {"data_digest": store.digest, "split_digest": data.split_digest, "attention": run.attention}
-    if world_size() > 1:
-        checkpoints.extra["world"] = world_size()
-    if labels.digest is not None:
-        checkpoints.extra["labels_digest"] = labels.digest
+    checkpoints.extra = _remembered(run, data, labels)
     run.trainer.checkpoints = checkpoints
     if checkpoint is not None:
         refuse_other_data(checkpoint, store, request)
@@ -292,16 +283,37 @@ def _open(
 
 
 def _prepare(config: PretrainConfig, data: TrainingData, request: PretrainRequest, progress: Progress | None) -> Store:
-    store = prepare_store(
-        data.cases,
-        config.data,
-        default_cache(request.cache),
-        kind=data.kind,
-        workers=worker_count(request.workers),
-        progress=progress,
-    )
+    """The store, prepared by one process of each cache and opened by the others; the same images in all of them."""
+
+    def prepare() -> Store:
+        return prepare_store(
+            data.cases,
+            config.data,
+            default_cache(request.cache),
+            kind=data.kind,
+            workers=worker_count(request.workers),
+            progress=progress,
+        )
+
+    store = in_turns(prepare)
     log.info("Prepared %d cases in %s (%.1f MB)", len(store), store.folder, store.size_bytes / 1e6)
+    refuse_differences(
+        {"digest of the data": store.digest},
+        "The processes of this run have different images before them.",
+        "give all machines the same data under the same path; copies must keep the times of files (cp -a, rsync -a)",
+    )
     return store
+
+
+def _remembered(run: PretrainRun, data: TrainingData, labels: ClassLabels) -> dict[str, Any]:
+    """What each checkpoint keeps besides the configuration, so that a resumed run can be compared."""
+    facts: dict[str, Any] = {"data_digest": run.store.digest, "split_digest": data.split_digest}
+    facts["attention"] = run.attention
+    if world_size() > 1:
+        facts["world"] = world_size()
+    if labels.digest is not None:
+        facts["labels_digest"] = labels.digest
+    return facts
 
 
 def _failures(data: TrainingData, store: Store) -> list[tuple[str, str, str, str]]:
