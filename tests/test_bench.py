@@ -335,7 +335,7 @@ def test_work_of_a_sample_is_what_torch_counts(bench: ModuleType) -> None:
     from medssl_cli.services.build import build_views
 
     config = pretrain_config(options(bench, "--tiny"), 2, "student.drop_path_rate=0")
-    objective, _ = build_objective(config, SEQUENCES, torch.device("cpu"), None)
+    objective = build_objective(config, SEQUENCES, torch.device("cpu"), None)
     batch = build_views(config, len(SEQUENCES))(random_slices(config, torch.device("cpu")), 0)
     set_backend("plain")  # torch counts matrix products
     try:

@@ -57,7 +57,8 @@ def test_the_script_prints_one_document(scaling: ModuleType) -> None:
     words = [sys.executable, str(SCRIPTS / "scaling.py"), "--tiny", "--json"]
     answer = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(answer.stdout)
-    assert found["measured"]["sampler"]["order_mb"] == pytest.approx(0.16, abs=0.17)
+    # one order of 20,000 int64, or two where passes meet
+    assert found["measured"]["sampler"]["order_mb"] in (pytest.approx(0.16), pytest.approx(0.32))
     assert found["measured"]["index"]["cases"] == 20_000
     assert {row["gpus"] for row in found["simulated"]} == {1, 8, 1024}
     assert "efficiency" in scaling.show(found)

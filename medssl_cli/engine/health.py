@@ -130,6 +130,7 @@ class HealthMonitor:
     def __init__(self, config: HealthConfig, *, warmup_steps: int = 0, koleo_weight: float = 0.0) -> None:
         self.config, self.koleo_weight = config, koleo_weight
         self.first_step = max(config.after_step, min(warmup_steps, GRACE_FACTOR * config.after_step))
+        self._limits = _limits(config)
         self._windows: dict[str, deque[float]] = {}
         self._active: set[str] = set()
         self._told: deque[Alarm] = deque(maxlen=REMEMBERED)
@@ -198,29 +199,12 @@ class HealthMonitor:
             found["koleo"] = koleo / (2 * self.koleo_weight)  # the term is a sum over two views
         return found
 
-    def _limits(self) -> list[_Limit]:
-        config = self.config
-        every = [
-            _Limit("teacher_entropy", config.teacher_entropy_min, "below",
-                   "the teacher gives every image the same few prototypes", _COLLAPSE_FIX, is_collapse=True),
-            _Limit("teacher_entropy", config.teacher_entropy_max, "above",
-                   "the targets are uniform and say nothing", _UNIFORM_FIX),
-            _Limit("effective_rank", config.effective_rank_min, "below",
-                   "all images have nearly the same features", _COLLAPSE_FIX, is_collapse=True),
-            _Limit("dino_agreement", config.dino_agreement_max, "above",
-                   "student and teacher agree nearly always so early: the task is trivial", _TRIVIAL_FIX,
-                   last_step=config.early_steps),
-            _Limit("koleo", config.koleo_max, "above", "features of different images coincide", _COLLAPSE_FIX),
-            _Limit("center_norm", config.center_norm_max, "above", "the centre of the logits runs away", _DIVERGE_FIX),
-        ]  # fmt: skip
-        return [limit for limit in every if limit.threshold]
-
     def _check_limits(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
         raised = []
-        for figure in dict.fromkeys(limit.figure for limit in self._limits()):
+        for figure in dict.fromkeys(limit.figure for limit in self._limits):
             if figure in figures and step >= self.first_step:  # figures of a fresh network count for nothing
                 self._window(figure).append(figures[figure])
-        for limit in self._limits():
+        for limit in self._limits:
             window = self._window(limit.figure)
             name = f"{limit.figure} {limit.side}"
             if limit.figure not in figures or not window:
@@ -272,6 +256,23 @@ _COLLAPSE_FIX = (
 _UNIFORM_FIX = "lower teacher.teacher_temp and teacher.warmup_teacher_temp, or take train.centering=sinkhorn_knopp"
 _TRIVIAL_FIX = "look at the crops (crops.global_crops_scale) and at duplicates in the data with `medssl check-data`"
 _DIVERGE_FIX = "lower optim.base_lr, raise optim.warmup_epochs, keep optim.clip_grad at 3.0"
+
+
+def _limits(config: HealthConfig) -> list[_Limit]:
+    every = [
+        _Limit("teacher_entropy", config.teacher_entropy_min, "below",
+               "the teacher gives every image the same few prototypes", _COLLAPSE_FIX, is_collapse=True),
+        _Limit("teacher_entropy", config.teacher_entropy_max, "above",
+               "the targets are uniform and say nothing", _UNIFORM_FIX),
+        _Limit("effective_rank", config.effective_rank_min, "below",
+               "all images have nearly the same features", _COLLAPSE_FIX, is_collapse=True),
+        _Limit("dino_agreement", config.dino_agreement_max, "above",
+               "student and teacher agree nearly always so early: the task is trivial", _TRIVIAL_FIX,
+               last_step=config.early_steps),
+        _Limit("koleo", config.koleo_max, "above", "features of different images coincide", _COLLAPSE_FIX),
+        _Limit("center_norm", config.center_norm_max, "above", "the centre of the logits runs away", _DIVERGE_FIX),
+    ]  # fmt: skip
+    return [limit for limit in every if limit.threshold]
 
 
 def _loss_limit(window: deque[float], deviations: float) -> float:

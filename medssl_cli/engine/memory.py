@@ -118,21 +118,6 @@ def predict(peaks: Mapping[int, int], batch: int) -> int | None:
     return None if line is None else round(line[0] + line[1] * batch)
 
 
-def largest_batch(measure: Measure, failed: int, limit_bytes: int) -> int:
-    """Largest batch that should fit, after one did not.
-
-    Args:
-        measure: Peak at a number of samples.
-        failed: Batch that did not fit.
-        limit_bytes: Memory that may be taken; 5 % of it are left free.
-
-    Returns:
-        Samples, fewer than ``failed``; 0 if not even one fits.
-    """
-    peaks, failed = _two_peaks(measure, failed)
-    return _largest(peaks, failed, limit_bytes)
-
-
 def _two_peaks(measure: Measure, failed: int) -> tuple[dict[int, int], int]:
     """Peaks at an eighth and a quarter of a batch, or at fewer where these fail too; and the least that failed."""
     peaks: dict[int, int] = {}

@@ -269,8 +269,8 @@ def _tag(name: str) -> str:
     if name.startswith("grad_norm_"):
         return f"grad_norm/{name.removeprefix('grad_norm_')}"
     folders: dict[str, Iterable[str]] = {
-        "schedule": ("lr", "wd", "mom", "teacher_temp", "last_layer_lr", "backbone_frozen"),
-        "health": HEALTH_FIGURES,
+        "schedule": ("lr", "wd", "mom", "teacher_temp", "teacher_patch_temp", "last_layer_lr", "backbone_frozen"),
+        "health": (*HEALTH_FIGURES, "dino_agreement", "center_norm"),
     }
     return next((f"{folder}/{name}" for folder, names in folders.items() if name in names), f"speed/{name}")
 

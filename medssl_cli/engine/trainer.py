@@ -268,7 +268,7 @@ class Trainer:
         last: StepRecord | None = None
         source = self.batches(self.steps_done)
         while self.steps_done < last_step:
-            record = self._step_unless_stopped(source, stop)
+            record = self._step_unless_stopped(source)
             if record is not None:
                 last = record
                 seconds.append(record.seconds)
@@ -289,7 +289,7 @@ class Trainer:
             peak_memory_gib=peak_memory_gib(self.device),
         )
 
-    def _step_unless_stopped(self, source: Iterator[SliceBatch], stop: StopSignal | None) -> StepRecord | None:
+    def _step_unless_stopped(self, source: Iterator[SliceBatch]) -> StepRecord | None:
         """One update; None if the loader's workers obeyed the same signal, so that nothing was updated."""
         try:
             return self.step(source)

@@ -60,9 +60,7 @@ class Centering(nn.Module):
         """Move the centre by the rows seen since the last update in all processes; without any it stays."""
         if self._sum_K is None:
             return
-        total = torch.cat([self._sum_K, self._sum_K.new_full((1,), float(self._rows))])
-        if world_size() > 1:
-            dist.all_reduce(total)
+        total = _sum_over_processes(torch.cat([self._sum_K, self._sum_K.new_full((1,), float(self._rows))]))
         mean_K = total[:-1] / total[-1].clamp_min(1)
         moved_K = self.center * self.momentum + mean_K * (1 - self.momentum)
         self.center.copy_(torch.where(total[-1] > 0, moved_K, self.center))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from medssl_cli.data.views import MultiCrop
-from medssl_cli.engine.acceleration import AccelerationConfig, accelerate
+from medssl_cli.engine.acceleration import accelerate
 from medssl_cli.engine.distributed import Parallel, build_parallel, from_first, rank, world_size
 from medssl_cli.engine.health import HealthMonitor
 from medssl_cli.engine.optim import build_optimizer as build_named_optimizer
@@ -21,7 +21,6 @@ from medssl_cli.engine.schedules import Schedules, effective_lr
 from medssl_cli.models.attention import AttentionChoice, Groups, choose_backend, choose_by_trial, set_backend
 from medssl_cli.models.heads import DINOHead
 from medssl_cli.models.zoo import (
-    LoadReport,
     build_backbone,
     card_warnings,
     differences_to_card,
@@ -45,7 +44,7 @@ def build_objective(
     *,
     in_chans: int = 3,
     class_counts: Sequence[int] = (),
-) -> tuple[SelfDistillation, LoadReport | None]:
+) -> SelfDistillation:
     """Student, teacher, heads and losses on the device; the same tensors for the same seed.
 
     Args:
@@ -59,9 +58,8 @@ def build_objective(
     torch.manual_seed(config.train.seed)
     student = build_backbone(config.student, config.position_side, sequences, in_chans, stochastic_depth=True)
     teacher = build_backbone(config.student, config.position_side, sequences, in_chans, stochastic_depth=False)
-    report = None
     if weights is not None:
-        report = _load(config, student, weights)
+        _load(config, student, weights)
 
     def make_head(shape: HeadConfig, n_patch_prototypes: int | None = None) -> nn.Module:
         return DINOHead(
@@ -86,15 +84,15 @@ def build_objective(
         centering=config.train.centering,
         semi_supervised=SemiSupervised(student.embed_dim, class_counts, config.semi_supervised) if labelled else None,
     )
-    return objective.to(device), report
+    return objective.to(device)
 
 
-def _load(config: PretrainConfig, student: nn.Module, weights: Path) -> LoadReport:
+def _load(config: PretrainConfig, student: nn.Module, weights: Path, *, quiet: bool = False) -> None:
     role, card = config.MODEL.init_from, _card_of(weights)
     for text in (*card_warnings(card, config.data.modality), *differences_to_card(card, student)):
-        log.warning("%s", text)
+        log.log(logging.DEBUG if quiet else logging.WARNING, "%s", text)
     state = read_weights(weights, role=role)
-    return load_into(student, state, source=str(weights), sequences=card.get("sequences"), role=role)
+    load_into(student, state, source=str(weights), sequences=card.get("sequences"), role=role, quiet=quiet)
 
 
 def check_weights(config: PretrainConfig, weights: Path, kind: Literal["volumes", "images"]) -> None:
@@ -113,10 +111,7 @@ def check_weights(config: PretrainConfig, weights: Path, kind: Literal["volumes"
             windows if windows > 1 and windows != 3 else 3,
             stochastic_depth=False,
         )
-    role, card = config.MODEL.init_from, _card_of(weights)
-    differences_to_card(card, student)
-    state = read_weights(weights, role=role)
-    load_into(student, state, source=str(weights), sequences=card.get("sequences"), role=role, quiet=True)
+    _load(config, student, weights, quiet=True)
 
 
 def _card_of(weights: Path) -> dict[str, Any]:
@@ -245,9 +240,8 @@ def build_acceleration(
     config: PretrainConfig, objective: SelfDistillation, device: torch.device, steps: int
 ) -> list[str]:
     """Compile what may be compiled; after the attention backend is fixed and before anything is wrapped."""
-    settings = AccelerationConfig(compile=config.train.compile, cudagraphs=config.train.cudagraphs)
     sharded = world_size() > 1 and config.compute_precision.parallel == "fsdp"
-    return accelerate(objective, settings, device, config.compute_precision.precision, steps, sharded=sharded)
+    return accelerate(objective, config.train, device, config.compute_precision.precision, steps, sharded=sharded)
 
 
 def build_monitor(config: PretrainConfig, schedules: Schedules) -> HealthMonitor:

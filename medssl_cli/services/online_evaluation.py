@@ -179,11 +179,6 @@ class OnlineEvaluation:
 
     # --- what the run calls ---
 
-    def is_due(self, step: int) -> bool:
-        """Whether the teacher of this step is to be scored."""
-        every = self.config.eval_period_iterations
-        return every > 0 and step % every == 0
-
     def score(self, teacher: Network, step: int, *, final: bool = False) -> dict[str, Any]:
         """Score one teacher and write what was found; keep it if it is the best so far.
 

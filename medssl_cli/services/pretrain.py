@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -59,7 +58,7 @@ from medssl_cli.services.pretrain_request import (
 )
 from medssl_cli.services.pretrain_resume import comparable, refuse_drift, refuse_other_data, refuse_other_labels
 from medssl_cli.services.pretrain_run import PretrainRun, build_run
-from medssl_cli.services.pretrain_trial import dry_run, scratch_run, smoke, smoke_lines
+from medssl_cli.services.pretrain_trial import Progress, Say, dry_run, scratch_run, smoke, smoke_lines
 from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable
 from medssl_cli.services.run_watch import RunWatch
 from medssl_cli.services.training_data import TrainingData, read_training_data
@@ -71,9 +70,6 @@ LEFT_BY_A_RUN = (
     *("progress.png", "run.html", "run.json", "log.txt", "config.yaml", "failures.csv"),
 )
 """What ``--no-resume`` removes once the new run is built."""
-
-Progress = Callable[[int, int], None]
-Say = Callable[[str], None]
 
 
 def pretrain(request: PretrainRequest, *, progress: Progress | None = None, say: Say = log.info) -> Result:
@@ -207,7 +203,7 @@ def _train(
         lambda: run.parallel.whole(run.objective.teacher["backbone"]),
         build_monitor(config, run.schedules),
     )
-    watch.evaluates, watch.evaluation = config.evaluation.is_on, evaluation
+    watch.period, watch.evaluation = run.trainer.evaluate_every, evaluation
     with folder.telling_the_end(lambda: {"step": run.trainer.steps_done}):
         if run.first:
             _open(run, folder, data, checkpoint, watch)

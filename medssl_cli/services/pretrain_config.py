@@ -45,6 +45,7 @@ SAFE_KEYS = frozenset(
         "train.cudagraphs",
         "student.grad_checkpointing",
         "compute_precision.parallel",
+        "sharding_strategy",
         *(f"evaluation.{name}" for name in EvaluationConfig.model_fields),
         *(f"health.{name}" for name in HealthConfig.model_fields),
         "data.root",

@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 
 SAMPLE_KEYS = ("train.batch_size_per_gpu", "train.grad_accumulation")
 """With the number of processes, the factors of the samples of an update."""
-SHARDING_KEYS = frozenset({"sharding_strategy"})
-"""Last parts of keys that may differ when a run resumes: they say where the tensors lie, not what is in them."""
 
 
 def comparable(config: PretrainConfig) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def refuse_drift(checkpoint: Checkpoint, config: PretrainConfig, data: TrainingD
     changes = compare_configs(
         with_digest(before, checkpoint.extra.get("split_digest")),
         with_digest(now, data.split_digest),
-        safe=SAFE_KEYS | SHARDING_KEYS,
+        safe=SAFE_KEYS,
         growing={"optim.epochs"},
         allowed=set(request.allowed_changes),
     )
@@ -126,16 +124,16 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 
 def _samples(train: Mapping[str, Any], world: int) -> int:
-    return int(train["batch_size_per_gpu"]) * int(train.get("grad_accumulation", 1)) * world
+    return int(train["batch_size_per_gpu"]) * int(train["grad_accumulation"]) * world
 
 
 def _say_samples(train: Mapping[str, Any]) -> str:
-    return f"processes x {train['batch_size_per_gpu']} samples x {train.get('grad_accumulation', 1)} micro-batches"
+    return f"processes x {train['batch_size_per_gpu']} samples x {train['grad_accumulation']} micro-batches"
 
 
 def _same_samples(samples: int, train: Mapping[str, Any], world: int) -> str:
     """What to set so that an update has as many samples as before."""
-    batch = min(samples // world, int(train["batch_size_per_gpu"]) * int(train.get("grad_accumulation", 1)))
+    batch = min(samples // world, int(train["batch_size_per_gpu"]) * int(train["grad_accumulation"]))
     while batch > 0 and samples % (batch * world):
         batch -= 1
     if batch < 1:

@@ -25,6 +25,7 @@ from medssl_cli.services.build import (
     build_optimizer,
     build_schedules,
     build_views,
+    packed_groups,
     select_attention,
 )
 from medssl_cli.services.class_labels import ClassLabels
@@ -41,7 +42,6 @@ class PretrainRun:
         batches: Step -> endless stream of micro-batches from there on.
         sequences: Names in channel order; None for plain pictures.
         attention: Backend in use.
-        labels: Classes for a semi-supervised loss.
         epoch_steps: Optimizer steps an epoch.
         workers: Loader processes.
         parallel: What makes the gradients of several processes one.
@@ -61,7 +61,6 @@ class PretrainRun:
     epoch_steps: int
     workers: int
     parallel: Parallel
-    labels: ClassLabels
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -97,13 +96,9 @@ class PretrainRun:
         return self.dataset.n_sequences
 
     def _tokens(self) -> str:
-        student, crops, images = self.config.student, self.config.crops, self._images()
-
-        def count(side: int) -> int:
-            return 1 + student.num_register_tokens + images * (side // student.patch_size) ** 2
-
-        local = f", {count(crops.local_crops_size)} a local crop" if crops.local_crops_number else ""
-        return f"{count(crops.global_crops_size)} tokens a global crop{local}"
+        groups = packed_groups(self.config, self._images())
+        local = f", {groups[1][1]} a local crop" if len(groups) > 1 else ""
+        return f"{groups[0][1]} tokens a global crop{local}"
 
 
 def build_run(
@@ -139,7 +134,7 @@ def build_run(
     dataset = build_dataset(store, config.data, config.train.seed)
     labels = ClassLabels() if labels is None else labels
     backend, notes = select_attention(config, device, dataset.n_sequences, asked=attention, before=used_before)
-    objective, _ = build_objective(
+    objective = build_objective(
         config,
         dataset.sequences,
         device,
@@ -169,7 +164,6 @@ def build_run(
         epoch_steps=epoch_steps,
         workers=workers,
         parallel=parallel,
-        labels=labels,
         notes=[*notes, *schedules.warnings()],
     )
 

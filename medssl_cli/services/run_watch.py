@@ -27,7 +27,7 @@ class RunWatch:
         whole_teacher: The teacher's backbone, whole; called by all processes, the first of which gets it.
         monitor: Of the health figures.
         evaluation: Scores on labelled cases; None without, and in all processes but the first.
-        evaluates: Whether the first process has one.
+        period: Steps between scores, known to all processes; 0 for none.
     """
 
     folder: RunFolder
@@ -35,7 +35,7 @@ class RunWatch:
     whole_teacher: Callable[[], nn.Module | None]
     monitor: HealthMonitor
     evaluation: OnlineEvaluation | None = None
-    evaluates: bool = False
+    period: int = 0
 
     def start(self, step: int) -> None:
         """Before the first step of this call: the level of the start, or the scores up to the checkpoint."""
@@ -46,8 +46,7 @@ class RunWatch:
 
     def after_checkpoint(self, step: int) -> None:
         """Score when it is due, then draw and write what people look at."""
-        every = self.evaluation is None or self.evaluation.is_due(step)
-        if self.evaluates and from_first(lambda: every):
+        if self.period and step % self.period == 0:
             self._score(step)
         if rank() == 0:
             self.folder.say("running", step=step)
@@ -55,7 +54,7 @@ class RunWatch:
 
     def finish(self, step: int) -> None:
         """Score the best teacher, or the last one if none was kept, on the cases that were held back."""
-        if not self.evaluates:
+        if not self.period:
             return
         last = self.whole_teacher()
         evaluation = self.evaluation
@@ -75,7 +74,7 @@ class RunWatch:
         write_run_page(out, [asdict(alarm) for alarm in self.monitor.alarms])
 
     def _score(self, step: int) -> None:
-        if not self.evaluates:
+        if not self.period:
             return
         teacher = self.whole_teacher()
 

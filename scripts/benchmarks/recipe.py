@@ -63,7 +63,7 @@ def random_slices(config: PretrainConfig, device: torch.device) -> SliceBatch:
 def build_trainer(config: PretrainConfig, options: Options, make_views: Callable[..., Batch] | None = None) -> Trainer:
     """The trainer as ``medssl pretrain`` builds it, with a loader that gives the same noise for ever."""
     slices = random_slices(config, options.device)
-    objective, _ = build_objective(config, SEQUENCES, options.device, None)
+    objective = build_objective(config, SEQUENCES, options.device, None)
     if options.compile:
         name = config.compute_precision.precision
         wanted = AccelerationConfig(compile=True, cudagraphs=options.cudagraphs)

@@ -109,7 +109,7 @@ def make_trainer(
     """The trainer of a pretraining, as the service builds it."""
     config = config_of(*overrides)
     precision = config.compute_precision.precision
-    objective, _ = build_objective(config, SEQUENCES, CPU, None)
+    objective = build_objective(config, SEQUENCES, CPU, None)
     parallel = build_gradients(config, objective, CPU)
     if plain_descent:  # Adam's first steps are signs of gradients, which rounding may turn
         groups = parameter_groups(objective.trained_modules(), 2)

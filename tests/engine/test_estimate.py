@@ -109,7 +109,7 @@ def test_a_smaller_batch_is_the_first_samples() -> None:
             first_samples(whole, samples)
 
 
-def test_a_trainer_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_is_estimated() -> None:
     stub = trainer(None, steps=20)
     found = estimate(stub, batch=4, samples_per_step=4, steps=20, cases=10, cache_bytes=1000, workers=0)
     assert found.steps == 20

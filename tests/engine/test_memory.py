@@ -21,6 +21,13 @@ from medssl_cli.engine import memory
 from medssl_cli.engine.memory import GIB, BatchAdvice, MemoryReport
 
 CPU = torch.device("cpu")
+
+
+def largest_batch(measure: memory.Measure, failed: int, limit_bytes: int) -> int:
+    """What the advice rests on."""
+    return memory._largest(*memory._two_peaks(measure, failed), limit_bytes)
+
+
 MIB = 2**20
 
 
@@ -51,21 +58,21 @@ def test_the_largest_batch_is_what_the_line_allows(
     base: int, each: int, limit: int, failed: int, asked: list[int]
 ) -> None:
     device = FakeDevice(base, each, limit)
-    found = memory.largest_batch(device.peak, failed, limit)
+    found = largest_batch(device.peak, failed, limit)
     assert device.asked == asked
     allowed = max((n for n in range(failed) if base + each * n <= 0.95 * limit), default=0)
     assert found == max(allowed, *(n for n in asked if base + each * n <= limit))
 
 
 def test_no_batch_fits() -> None:
-    assert memory.largest_batch(FakeDevice(2000, 10, 1000).peak, 8, 1000) == 0
-    assert memory.largest_batch(FakeDevice(0, 10, 5).peak, 1, 5) == 0
+    assert largest_batch(FakeDevice(2000, 10, 1000).peak, 8, 1000) == 0
+    assert largest_batch(FakeDevice(0, 10, 5).peak, 1, 5) == 0
 
 
 def test_a_batch_that_failed_is_never_proposed_whatever_the_line_says() -> None:
     # flat at first, steep later: the line of 8 and 16 would allow thousands
-    assert memory.largest_batch(lambda n: 100 if n <= 16 else None, 64, 10**6) == 16
-    assert memory.largest_batch(lambda n: 100 + n if n < 8 else None, 64, 10**6) == 7
+    assert largest_batch(lambda n: 100 if n <= 16 else None, 64, 10**6) == 16
+    assert largest_batch(lambda n: 100 + n if n < 8 else None, 64, 10**6) == 7
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, compile_: bool) -> None:
         self.config = load_config(PretrainConfig, "prostate_vitb14", recipes="pretrain", overrides=SMALL)
-        self.objective, _ = build_objective(self.config, SEQUENCES, CPU, None)
+        self.objective = build_objective(self.config, SEQUENCES, CPU, None)
         self.optimizer = build_optimizer(self.config, self.objective, CPU)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3

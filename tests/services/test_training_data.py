@@ -564,8 +564,8 @@ def test_real_ct_as_tree_and_as_table(real_data: Path, tmp_path: Path) -> None:
     stored = read_volume(root / names[0] / "CT_image.nii.gz").reoriented("RAS").array[sample.index]
     top, left, height, width = sample.window
     cut = np.clip((stored[top : top + height, left : left + width].astype(float) + 160) / 400, 0, 1)
-    if sample.image_SHW.shape[1:] == cut.shape:
-        np.testing.assert_allclose(sample.image_SHW[0], cut, atol=1e-5)
+    assert sample.image_SHW.shape[1:] == cut.shape
+    np.testing.assert_allclose(sample.image_SHW[0], cut, atol=1e-5)
     assert float(sample.image_SHW.mean()) == pytest.approx(cut.mean(), abs=0.02)
     rows = [f"{name},{name}/CT_image.nii.gz" for name in names]
     for name in names:
