@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from medssl_cli.core.case import Case, Sequence
-from medssl_cli.core.errors import DataError
+from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import contained
 from medssl_cli.data.images import VOLUME_SUFFIXES, volume_stem
 from medssl_cli.data.manifest import (
@@ -49,6 +49,28 @@ _GLIOMA_TABLE = "phenoData.csv"
 _CHANNEL_FILE = re.compile(r"(?P<id>.+)_(?P<channel>\d{4})")
 _FIELDS = ("subject", "dataset", "relative", "sequence")
 _SHOWN = 8
+
+
+def asked_layout(root: Path, layout: LayoutChoice, template: str) -> LayoutName:
+    """The layout that ``--layout`` and ``--template`` ask for; what lies there with ``auto``.
+
+    Raises:
+        ConfigError: A faulty template, none where one is needed, or one beside another layout.
+        DataError: There is nothing that could be read.
+    """
+    try:
+        if template or layout == "template":
+            check_template(template)
+        if template and layout not in ("auto", "template"):
+            raise ValueError(f"it has no effect with --layout {layout}")
+    except ValueError as error:
+        raise ConfigError(
+            "The template cannot be used.",
+            where=f"--template {template!r}: {error}",
+            fix="e.g. --template '{subject}/{sequence}.nii.gz' alone",
+            code="template",
+        ) from error
+    return detect_layout(root, template) if layout == "auto" or template else layout
 
 
 def detect_layout(root: Path, template: str = "") -> LayoutName:

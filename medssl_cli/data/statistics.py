@@ -5,7 +5,7 @@ Letters: C channels, S sequences, Z Y X voxels, N slices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,17 +93,10 @@ def volume_moments(
 def _slices(volume_NYX: np.ndarray, limits_N2: np.ndarray) -> Moments:
     """One channel; slice after slice, so that memory holds one."""
     none = Moments(0, np.zeros(1), np.zeros(1))
-    return total(
+    return sum(
         (
             Moments.of(scale_to_unit(plane[None], limits[:1], limits[1:]).reshape(1, -1))
             for plane, limits in zip(volume_NYX, limits_N2, strict=True)
         ),
         none,
     )
-
-
-def total(parts: Iterable[Moments], start: Moments) -> Moments:
-    """The sum of all parts."""
-    for part in parts:
-        start = start + part
-    return start

@@ -203,11 +203,6 @@ def score_classes(name: str, probabilities_NK: np.ndarray, reference: np.ndarray
 # --- nearest neighbours ----------------------------------------------------------------------------------------------
 
 
-def knn_scores(train_ND: np.ndarray, train_labels: np.ndarray, test_MD: np.ndarray, k: int = 20) -> np.ndarray:
-    """Probability of class 1 of two by cosine-weighted votes of the ``k`` nearest training features, (M,)."""
-    return knn_probabilities(train_ND, train_labels, test_MD, 2, k)[:, 1]
-
-
 def knn_probabilities(
     train_ND: np.ndarray, train_labels: np.ndarray, test_MD: np.ndarray, n_classes: int, k: int = 20
 ) -> np.ndarray:

@@ -41,9 +41,6 @@ class ConvNeXt(nn.Module):
     Source: Liu et al. 2022.
     """
 
-    supports_masks = False
-    """There are no tokens that a mask token could replace: no iBOT, no absent sequences."""
-
     sequences: tuple[str, ...] | None = None
     num_register_tokens = 0
     patch_size = STRIDE

@@ -62,9 +62,6 @@ class VisionTransformer(nn.Module):
     token sequence as in MM-DINOv2 (MICCAI 2025).
     """
 
-    supports_masks = True
-    """A mask token can stand instead of a patch, so that iBOT and absent sequences are possible."""
-
     def __init__(
         self,
         *,

@@ -18,7 +18,7 @@ import yaml
 
 from medssl_cli.core.config import leaves
 from medssl_cli.core.run import hide_home
-from medssl_cli.report.page import Content, Html, Page, chip, image, joined
+from medssl_cli.report.page import Content, Html, Page, chip, escaped, image, joined
 
 PAGE = "run.html"
 SHOWN_CHECKPOINTS = 20
@@ -293,9 +293,7 @@ def _add_config(page: Page, config: Mapping[str, Any], record: Mapping[str, Any]
     sequences = record.get("sequences")
     shown = [] if sequences is None else [("images", _say(sequences) if sequences else "plain pictures")]
     page.facts([*shown, *((text, _say(config[key])) for key, text in _SUMMARY if key in config)])
-    rows = "".join(
-        f"<tr><td>{_escaped(key)}</td><td>{_escaped(_say(value))}</td></tr>" for key, value in config.items()
-    )
+    rows = "".join(f"<tr><td>{escaped(key)}</td><td>{escaped(_say(value))}</td></tr>" for key, value in config.items())
     page.add(
         Html(
             f"<details><summary>All {len(config)} keys</summary>"
@@ -372,11 +370,7 @@ def _command(record: Mapping[str, Any], run: Path) -> str:
 
 
 def _code(text: str) -> Html:
-    return Html(f"<code>{_escaped(hide_home(text))}</code>")
-
-
-def _escaped(text: str) -> Html:
-    return joined([text])
+    return Html(f"<code>{escaped(hide_home(text))}</code>")
 
 
 def _say(value: object) -> str:

@@ -46,8 +46,7 @@ from medssl_cli.data.layouts import (
     FOREIGN,
     LayoutChoice,
     LayoutName,
-    check_template,
-    detect_layout,
+    asked_layout,
     layout_channels,
     read_layout_cases,
     select_cases,
@@ -256,7 +255,7 @@ def check_data(
     """
     started = time.time()
     source = modality_folder(source, modality) if modality else source
-    kind = _layout(source, layout, template)
+    kind = asked_layout(source, layout, template)
     task = _checked_task(task, "cases" if kind in FOREIGN else kind, labels)
     if sequences is None:
         sequences = layout_channels(source, kind) or PRETRAIN_SEQUENCES
@@ -344,20 +343,6 @@ def _look_at_all(
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
-
-
-def _layout(source: Path, layout: LayoutChoice, template: str) -> LayoutName:
-    if template:
-        try:
-            check_template(template)
-        except ValueError as error:
-            fix = "e.g. --template '{subject}/{sequence}.nii.gz'"
-            raise ConfigError(
-                "The template cannot be used.", where=f"--template {template!r}: {error}", fix=fix, code="template"
-            ) from error
-    if layout == "template" and not template:
-        raise ConfigError("The layout template needs one.", where="--layout", fix="pass --template", code="template")
-    return detect_layout(source, template) if layout == "auto" or template else layout
 
 
 def _check_windows(windows_hu: Sequence[tuple[float, float]], kind: LayoutName, sequences: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from medssl_cli.core.run import (
     say_disk_errors,
     write_json,
 )
-from medssl_cli.data.modalities import resolve_modality
+from medssl_cli.data.modalities import find_modality, resolve_modality
 from medssl_cli.data.preprocess import PreprocessConfig
 from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.foreign import ORIGINS, SOURCES, contradicts, detect_source, family_of, infer_settings, translate
@@ -68,7 +68,8 @@ class WeightsConfig(Config):
     window_hu: tuple[float, float] | None = None
     """CT values that become 0 and 1."""
     modality: str | None = None
-    """Kind of images that the weights were made for; names of eye pictures bring their mean and std."""
+    """Kind of images that the weights were made for; names of eye pictures bring their mean and std to visionfm and
+    ibot weights."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,8 @@ def _seeing(request: WeightsRequest, config: WeightsConfig, source: str, img_siz
     if isinstance(beside.get("image_mean"), list) and isinstance(beside.get("image_std"), list):
         mean, std = beside["image_mean"], beside["image_std"]
     modality = None
-    if config.modality is not None and source == "visionfm":
+    # VisionFM's files look like iBOT's, and are taken for them where no source is named
+    if config.modality is not None and (source == "visionfm" or (source == "ibot" and find_modality(config.modality))):
         known = resolve_modality(config.modality)
         modality, mean, std = known.name, known.mean, known.std
     elif config.modality is not None:

@@ -50,7 +50,7 @@ class EvaluationConfig(Config):
     """The teacher scored on labelled cases while it trains; names as in DINOv2 where it has one."""
 
     eval_period_iterations: NonNegativeInt = 0
-    """Steps between scores, a multiple of those between checkpoints; 0 turns them off."""
+    """Steps between scores, each of which has a checkpoint too; 0 turns them off."""
     train_dataset_path: str = ""
     """Dataset string of the cases that the probes are fitted to, e.g. ProstateSSL:split=TRAIN:root=DIR:split_csv=FILE;
     wins over root and train_split_csv."""

@@ -25,7 +25,7 @@ from medssl_cli.core.run import (
     write_text,
 )
 from medssl_cli.core.wording import counted
-from medssl_cli.data.layouts import LayoutChoice, LayoutName, check_template, detect_layout, read_layout_cases
+from medssl_cli.data.layouts import LayoutChoice, LayoutName, asked_layout, read_layout_cases
 from medssl_cli.data.manifest import (
     ID_ALIASES,
     Owner,
@@ -155,7 +155,7 @@ def split(
             fix="leave one of them out",
             code="group_twice",
         )
-    kind = _layout(source, layout, template)
+    kind = asked_layout(source, layout, template)
     what = _read_source(source, kind, template, group_by, group_pattern, stratify, labels)
     parts = split_items(what.items, ratios, seed)
     pairs = _folds(what, parts, folds, seed)
@@ -181,20 +181,6 @@ def split(
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _layout(source: Path, layout: LayoutChoice, template: str) -> LayoutName:
-    try:
-        if template or layout == "template":
-            check_template(template)
-    except ValueError as error:
-        raise ConfigError(
-            "The template cannot be used.",
-            where=f"--template {template!r}: {error}",
-            fix="e.g. --template '{subject}/{sequence}.nii.gz'",
-            code="template",
-        ) from error
-    return detect_layout(source, template) if layout == "auto" or template else layout
 
 
 def _read_source(

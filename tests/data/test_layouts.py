@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medssl_cli.core.case import Case
-from medssl_cli.core.errors import DataError
+from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import write_volume
 from medssl_cli.data.layouts import (
+    asked_layout,
     check_template,
     detect_layout,
     layout_channels,
@@ -414,3 +415,17 @@ def test_r21_any_description_is_read_or_refused(tmp_path: Path, description: Any
     except DataError:
         return
     assert all(case.case_id for case in cases)
+
+
+def test_a_template_beside_another_layout_is_refused(tmp_path: Path) -> None:
+    template = "{subject}/{sequence}.nii.gz"
+    assert asked_layout(tmp_path, "auto", template) == asked_layout(tmp_path, "template", template) == "template"
+    assert asked_layout(tmp_path, "nnunet", "") == "nnunet"
+    for layout, text, word in (
+        ("nnunet", template, "no effect"),
+        ("template", "", "{sequence}"),
+        ("auto", "x", "field"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            asked_layout(tmp_path, layout, text)  # type: ignore[arg-type]
+        assert word in caught.value.where

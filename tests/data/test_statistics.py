@@ -11,7 +11,7 @@ from medssl_cli.core.case import Case, Sequence
 from medssl_cli.core.volume import Volume
 from medssl_cli.data.images import read_image, write_volume
 from medssl_cli.data.preprocess import PreprocessConfig
-from medssl_cli.data.statistics import Moments, picture_moments, total, volume_moments
+from medssl_cli.data.statistics import Moments, picture_moments, volume_moments
 
 CONFIG = PreprocessConfig()
 
@@ -20,7 +20,7 @@ def test_sums_of_parts_equal_numpy_over_all() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.random((3, n)).astype(np.float32) for n in (1, 50, 1000)]
     joined = np.concatenate(parts, axis=1).astype(np.float64)
-    moments = total((Moments.of(part) for part in parts[1:]), Moments.of(parts[0]))
+    moments = sum((Moments.of(part) for part in parts[1:]), Moments.of(parts[0]))
     assert moments.count == 1051
     np.testing.assert_allclose(moments.mean_C, joined.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(moments.std_C, joined.std(axis=1), rtol=1e-10)
@@ -45,7 +45,7 @@ def test_real_fundus_pictures_equal_numpy(real_data: Path) -> None:
     paths = sorted((real_data / "fundus_dr_grading/images").glob("*.jpg"))[:3]
     images = [read_image(path) for path in paths]
     joined = np.concatenate([image.reshape(3, -1) for image in images], axis=1) / 255.0
-    moments = total((picture_moments(image, CONFIG) for image in images[1:]), picture_moments(images[0], CONFIG))
+    moments = sum((picture_moments(image, CONFIG) for image in images[1:]), picture_moments(images[0], CONFIG))
     np.testing.assert_allclose(moments.mean_C, joined.mean(axis=1), rtol=1e-6)
     np.testing.assert_allclose(moments.std_C, joined.std(axis=1), rtol=1e-6)
 

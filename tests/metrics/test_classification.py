@@ -18,7 +18,6 @@ from medssl_cli.metrics.classification import (
     f1,
     fit_logistic,
     knn_probabilities,
-    knn_scores,
     linear_scores,
     macro_f1,
     mcc,
@@ -50,7 +49,9 @@ def test_knn_equals_scikit_learn_with_the_same_weights() -> None:
     theirs = KNeighborsClassifier(
         7, metric="cosine", algorithm="brute", weights=lambda distance: np.exp(-distance / 0.07)
     ).fit(train, labels)
-    np.testing.assert_allclose(knn_scores(train, labels, test, k=7), theirs.predict_proba(test)[:, 1], atol=1e-5)
+    np.testing.assert_allclose(
+        knn_probabilities(train, labels, test, 2, k=7)[:, 1], theirs.predict_proba(test)[:, 1], atol=1e-5
+    )
 
 
 def test_linear_scores_separate_what_is_separable() -> None:

@@ -113,7 +113,6 @@ def test_a_grey_picture_is_three_equal_channels() -> None:
 
 def test_masks_and_absence_are_refused_not_ignored() -> None:
     model, picture = small(), images(2, 3, 64, 64)
-    assert not model.supports_masks
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     assert torch.equal(model(picture, nothing, torch.ones(2, 1, dtype=torch.bool)).cls_BD, model(picture).cls_BD)
     nothing[1, 2] = True

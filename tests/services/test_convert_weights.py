@@ -343,6 +343,8 @@ def test_ibot_and_visionfm_files(tmp_path: Path, source: str) -> None:
     assert (card["modality"], card["mean"][0]) == (("oct", 0.21091926) if more else (None, 0.485))
     _, card, _ = convert(tmp_path, file, overwrite=True)
     assert (card["interpolate_offset"], card["interpolate_antialias"]) == (0.1, False)
+    _, card, _ = convert(tmp_path, file, overwrite=True, overrides=("modality=B-Ultrasound",))
+    assert (card["source"], card["modality"], card["mean"][0]) == ("ibot", "ultrasound", 0.05989236)
 
 
 def test_w11_either_network_of_a_file_with_both_can_be_taken(tmp_path: Path) -> None:

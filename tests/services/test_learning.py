@@ -18,7 +18,7 @@ from PIL import Image
 
 from medssl_cli.data.views import normalize
 from medssl_cli.engine.telemetry import read_metrics
-from medssl_cli.metrics.classification import auroc, knn_scores, linear_scores
+from medssl_cli.metrics.classification import auroc, knn_probabilities, linear_scores
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import build_backbone, load_backbone
 from medssl_cli.services.pretrain import PretrainRequest, pretrain, resolve_config
@@ -106,7 +106,7 @@ def score(backbone: VisionTransformer, card: dict[str, float], radiographs: Radi
         return torch.cat([backbone(part).cls_BD for part in normal.split(256)]).numpy()
 
     train, test = features(radiographs.train_NCHW), features(radiographs.test_NCHW)
-    knn = auroc(knn_scores(train, radiographs.train_N, test), radiographs.test_N)
+    knn = auroc(knn_probabilities(train, radiographs.train_N, test, 2)[:, 1], radiographs.test_N)
     return knn, auroc(linear_scores(train, radiographs.train_N, test), radiographs.test_N)
 
 
