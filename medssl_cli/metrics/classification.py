@@ -112,6 +112,25 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the precision-recall curve as the sum of precision times step of recall, without interpolation.
+
+    Args:
+        scores: (N,), higher means more likely positive; equal scores are one step.
+        labels: (N,) of 0 and 1.
+
+    Returns:
+        Area in (0, 1]; NaN when a class is absent, as for ``auroc``, so that both are means over the same classes.
+    """
+    scores, positive = np.asarray(scores), np.asarray(labels).astype(bool)
+    if positive.all() or not positive.any():
+        return math.nan
+    distinct, place = np.unique(-scores, return_inverse=True)
+    hits = np.bincount(place, weights=positive, minlength=len(distinct))
+    precision = np.cumsum(hits) / np.cumsum(np.bincount(place, minlength=len(distinct)))
+    return float((hits * precision).sum() / positive.sum())
+
+
 def binary_auc(probabilities: np.ndarray, reference: np.ndarray) -> float:
     """Area under the ROC curve of two classes.
 
@@ -289,6 +308,7 @@ def fit_logistic(
     held_N: np.ndarray | None = None,
     c_values: Sequence[float] | np.ndarray = (1.0,),
     score: Score | None = None,
+    class_weight: Mapping[int, float] | None = None,
 ) -> LogisticProbe:
     """Choose C on a held part of the training cases, then fit to all of them.
 
@@ -303,6 +323,7 @@ def fit_logistic(
         held_N: (N,) bool, the cases on which C is chosen; None or a single value of C: no choice.
         c_values: Values to try.
         score: What is to be high on the held part.
+        class_weight: What a case of each class weighs in the fits; 1 each if not given.
 
     Source: the sweep of DINOv2's logistic regression (Oquab et al. 2023); penalty and solver as in scikit-learn.
     """
@@ -314,9 +335,9 @@ def fit_logistic(
     candidates = sorted(float(c) for c in c_values)
     sweep: tuple[tuple[float, float], ...] = ()
     if len(candidates) > 1 and held_N is not None and score is not None:
-        sweep = _sweep(features, labels, n_classes, np.asarray(held_N, dtype=bool), candidates, score)
+        sweep = _sweep(features, labels, n_classes, np.asarray(held_N, dtype=bool), candidates, score, class_weight)
     c = _best_c(sweep) if sweep else (candidates[0] if len(candidates) == 1 else 1.0)
-    return _Fit(features, labels, n_classes).probe(c, sweep)
+    return _Fit(features, labels, n_classes, class_weight).probe(c, sweep)
 
 
 def _sweep(
@@ -326,10 +347,11 @@ def _sweep(
     held_N: np.ndarray,
     c_values: Sequence[float],
     score: Score,
+    class_weight: Mapping[int, float] | None,
 ) -> tuple[tuple[float, float], ...]:
     if not held_N.any() or len(np.unique(labels[~held_N])) < 2:
         return ()
-    fit = _Fit(features_ND[~held_N], labels[~held_N], n_classes)
+    fit = _Fit(features_ND[~held_N], labels[~held_N], n_classes, class_weight)
     scores = [score(fit.probe(c).probabilities(features_ND[held_N]), labels[held_N]) for c in c_values]
     return tuple(zip(c_values, scores, strict=True))
 
@@ -346,7 +368,13 @@ class _Fit:
     with fewer cases than features the problem gets smaller and the solution stays the same.
     """
 
-    def __init__(self, features_ND: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
+    def __init__(
+        self,
+        features_ND: np.ndarray,
+        labels: np.ndarray,
+        n_classes: int,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> None:
         from sklearn.linear_model import LogisticRegression
 
         self.mean_D = features_ND.mean(0)
@@ -359,7 +387,8 @@ class _Fit:
             _, _, self.basis_RD = np.linalg.svd(standard, full_matrices=False)
             standard = standard @ self.basis_RD.T
         self.standard, self.labels, self.n_classes = standard, labels, n_classes
-        self.model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=_TOLERANCE, warm_start=True)
+        weights = None if class_weight is None else dict(class_weight)
+        self.model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=_TOLERANCE, warm_start=True, class_weight=weights)
 
     def probe(self, c: float, sweep: tuple[tuple[float, float], ...] = ()) -> LogisticProbe:
         """Fit with one C; slow convergence is noted, not warned of."""
