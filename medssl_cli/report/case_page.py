@@ -1,4 +1,4 @@
-"""The page of one case: a viewer with the heat map as a layer, the slices where it is hottest, patch similarity.
+"""The page of one case: what a head says, a viewer with the heat map as a layer, the best slices, patch similarity.
 
 Planes of a volume are turned to the way they are read: the patient's right on the left, anterior up.
 
@@ -17,13 +17,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medssl_cli.core.run import RESEARCH_NOTE
+from medssl_cli.report.grey_values import Greys, Window, fitting_side, levels, measured, packed, reduced
 from medssl_cli.report.overlay import blend, jpeg_bytes, montage, png_bytes, resized, window
 from medssl_cli.report.page import Page
+from medssl_cli.report.strip import Strip
+from medssl_cli.report.verdict import Finding as Finding
+from medssl_cli.report.verdict import Flag as Flag
+from medssl_cli.report.verdict import Verdict as Verdict
+from medssl_cli.report.verdict import add_flags, add_verdict
 from medssl_cli.report.viewer import Layer, Stack, Thumbnail, ViewerSlice, add_viewer
 
 VIEWER_SLICES = 64
-"""Slices in the viewer at most, evenly spaced, the hottest always among them: keeps the page below some ten MB."""
+"""Slices in the viewer at most, evenly spaced, the best always among them: keeps the page below some ten MB."""
+VIEWER_PICTURES = 192
+"""Slices times sequences at most, but no fewer than ``LEAST_SLICES`` slices."""
+LEAST_SLICES = 16
 VIEWER_SIDE = 512
+FALLBACK_SIDE = 384
+"""Pictures beside measured values: seen without scripts only."""
 TILE_SIDE = 320
 THUMBNAIL_SIDE = 168
 SIMILARITY_SIDE = 384
@@ -79,6 +90,11 @@ class CasePictures:
         orientation: Where the voxel axes point to, e.g. ``RAS``; None for a photograph, which is shown as it is.
         colour: The channels of a plane are colours of one picture, not sequences.
         heat: The heat map, if there is one.
+        stored: Index of a slice to its measured values, (S, H, W) in ``value_unit``; with them the page can window what
+            was measured. None: the pictures alone.
+        value_unit: ``HU`` brings the windows of a CT.
+        window_presets: Windows of the values, the first one shown at the start; empty for those of the unit.
+        stored_names: Names of the S stored sequences, if they are not ``names`` (several windows of one CT).
     """
 
     names: tuple[str, ...]
@@ -88,6 +104,15 @@ class CasePictures:
     orientation: str | None
     colour: bool
     heat: Heat | None = None
+    stored: Callable[[int], np.ndarray] | None = None
+    value_unit: str = ""
+    window_presets: tuple[Window, ...] = ()
+    stored_names: tuple[str, ...] = ()
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """Sequences that the viewer offers."""
+        return self.names if self.stored is None else self.stored_names or self.names
 
     def turned(self, map_HW: np.ndarray) -> np.ndarray:
         """A plane as it is read: the patient's right on the left, anterior up."""
@@ -103,6 +128,40 @@ class CasePictures:
         if self.colour and len(plane) == 3:
             return [np.rint(255 * plane.transpose(1, 2, 0)).astype(np.uint8)]
         return [window(self.turned(channel), 0.0, 1.0) for channel in plane]
+
+    @functools.cached_property
+    def greys(self) -> tuple[Greys, ...]:
+        """What the measured values of each sequence span; empty without them, and for colours."""
+        if self.stored is None or (self.colour and not self._is_grey):
+            return ()
+        channels = len(self.values(0))
+        if channels != len(self.shown_names):
+            raise ValueError(f"{channels} sequences are stored, {len(self.shown_names)} have names")
+        return tuple(
+            measured((self.values(z)[s] for z in range(self.count)), self.value_unit, self.window_presets)
+            for s in range(channels)
+        )
+
+    @functools.cached_property
+    def _is_grey(self) -> bool:
+        """Whether the colours of every slice are one and the same: a volume before a network that takes colours."""
+        stored = self.stored
+        return stored is not None and all((stored(z) == stored(z)[:1]).all() for z in range(self.count))
+
+    def values(self, z: int) -> np.ndarray:
+        """(S, H, W) measured values of a slice, one channel of a grey one in colours."""
+        if self.stored is None:
+            raise ValueError("there are no measured values")
+        return self.stored(z)[:1] if self.colour else self.stored(z)
+
+    def shown(self, z: int) -> list[np.ndarray]:
+        """One picture (H, W, 3) for each sequence of the viewer: windowed as it starts."""
+        if not self.greys:
+            return self.pictures(z)
+        return [
+            window(self.turned(channel), *greys.windows[0].ends)
+            for channel, greys in zip(self.values(z), self.greys, strict=True)
+        ]
 
     def picture_size(self, side: int) -> tuple[int, int]:
         """(height, width) in square pixels with the longer one ``side``."""
@@ -126,7 +185,7 @@ def heat_picture(pictures: CasePictures) -> np.ndarray:
     plain, warm = [], []
     for entry in heat.top:
         z = entry["slice_index"]
-        picture = resized(pictures.pictures(z)[0], height, width)
+        picture = resized(pictures.shown(z)[0], height, width)
         plain.append(_captioned(picture, f"{pictures.label(z)}"))
         warm.append(_captioned(_laid_over(picture, pictures, z), f"{entry['score']:.4g} {heat.unit}"))
     tiles = montage([*plain, *warm], columns=len(plain))
@@ -201,85 +260,159 @@ def case_page(
     case_id: str,
     pictures: CasePictures,
     *,
-    similarity_hw: np.ndarray,
+    similarity_hw: np.ndarray | None,
     similarity_slice: int,
     reference_patch: tuple[int, int],
     missing: Sequence[str],
     facts: Mapping[str, str],
+    verdict: Verdict | None = None,
+    flags: Sequence[Flag] = (),
 ) -> Page:
     """The report of one case.
 
     Args:
         case_id: Heading.
         pictures: Its slices.
-        similarity_hw: Cosine of every patch with the reference patch.
+        similarity_hw: Cosine of every patch with the reference patch; None leaves the section out.
         similarity_slice: On which slice.
         reference_patch: (row, column) of that patch.
         missing: Sequences of the model that the case lacks.
         facts: Provenance.
+        verdict: What a head says of it; None without a head.
+        flags: What its reader has to know.
     """
-    page = Page(
-        f"Case {case_id}", "Seen through a self-supervised backbone. It was never told what disease looks like."
-    )
+    page = Page(f"Case {case_id}", _lead(verdict))
     page.note(RESEARCH_NOTE, "warning")
     if missing:
         page.note(f"Missing: {', '.join(missing)}. Mask tokens stand in, as in training.", "info")
+    add_flags(page, flags)
+    if verdict is not None:
+        page.heading("Values" if verdict.is_regression else "Findings")
+        add_verdict(page, verdict)
     page.heading("Slices" if pictures.count > 1 else "Picture")
     heat = pictures.heat
     page.text(heat.definition if heat else "No heat map was asked for; --heatmap adds one.")
     if heat is not None and heat.is_flat:
         low, high = heat.limits
         page.note(f"The map is nearly even: its colours span only {low:.4g} to {high:.4g} {heat.unit}.", "info")
-    _add_slices(page, pictures)
-    page.heading("Patch similarity")
-    row, column = reference_patch
-    page.figure(
-        _similarity_pair(pictures, similarity_hw, similarity_slice, reference_patch),
-        f"{pictures.label(similarity_slice).capitalize()}. Left: the reference patch, row {row}, column {column}. "
-        f"Right: cosine of every patch with it, from {similarity_hw.min():.2f} (dark) to 1 (bright). It shows what "
-        "looks alike to the network; it is no map of lesions.",
-        alt="reference patch on its slice, and the map of similarity to it",
-    )
+    _add_slices(page, pictures, verdict)
+    if similarity_hw is not None:
+        _add_similarity(page, pictures, similarity_hw, similarity_slice, reference_patch)
     page.heading("Provenance")
     page.facts(facts)
     return page
 
 
-def _add_slices(page: Page, pictures: CasePictures) -> None:
-    heat = pictures.heat
-    top = [entry["slice_index"] for entry in heat.top] if heat else []
+def _lead(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "Seen through a self-supervised backbone. It was never told what disease looks like."
+    return f"What a trained head says of it: {verdict.head}."
+
+
+def _add_similarity(
+    page: Page, pictures: CasePictures, similarity_hw: np.ndarray, z: int, patch: tuple[int, int]
+) -> None:
+    page.heading("Patch similarity")
+    page.figure(
+        _similarity_pair(pictures, similarity_hw, z, patch),
+        f"{pictures.label(z).capitalize()}. Left: the reference patch, row {patch[0]}, column {patch[1]}. "
+        f"Right: cosine of every patch with it, from {similarity_hw.min():.2f} (dark) to 1 (bright). It shows what "
+        "looks alike to the network; it is no map of lesions.",
+        alt="reference patch on its slice, and the map of similarity to it",
+    )
+
+
+def _add_slices(page: Page, pictures: CasePictures, verdict: Verdict | None) -> None:
+    best = _best(pictures, verdict)
+    top = [z for z, _ in best]
     first = top[0] if top else pictures.count // 2
-    even = np.linspace(0, pictures.count - 1, min(pictures.count, VIEWER_SLICES)).round().astype(int)
+    room = max(LEAST_SLICES, min(VIEWER_SLICES, VIEWER_PICTURES // len(pictures.shown_names)))
+    even = np.linspace(0, pictures.count - 1, min(pictures.count, room)).round().astype(int)
     chosen = sorted({int(z) for z in even} | set(top) | {first})
+    if len(chosen) < pictures.count:
+        page.text(
+            f"{len(chosen)} of {pictures.count} slices are in this page, evenly spaced, the best ones among them."
+        )
     height, width = pictures.picture_size(1000)
+    side = _grey_side(pictures, chosen)
+    slices = tuple(_viewer_slice(pictures, z, side) for z in chosen)
     stack = Stack(
-        slices=tuple(_viewer_slice(pictures, z) for z in chosen),
+        slices=slices,
         first=chosen.index(first),
-        names=pictures.names,
+        names=pictures.shown_names,
         proportions=(width, height),
         sides=None if pictures.orientation is None else ("R", "L", "A", "P"),
+        greys=() if side is None else pictures.greys,
+        grid=(0, 0) if side is None else _grid(pictures, side),
     )
+    heat = pictures.heat
     layer = None
-    thumbnails: tuple[Thumbnail, ...] = ()
     if heat is not None:
         low, high = heat.limits
         layer = Layer("heat map", f"≤ {low:.4g}", f"≥ {high:.4g} {heat.unit}", _bar())
-        thumbnails = tuple(_thumbnail(pictures, entry, chosen) for entry in heat.top if pictures.count > 1)
-    add_viewer(page, stack, layer, thumbnails)
+    thumbnails = tuple(_thumbnail(pictures, z, detail, chosen) for z, detail in best if pictures.count > 1)
+    by_score = verdict is not None and bool(verdict.top_slices)
+    title = "Slices with the highest scores" if by_score else "Hottest slices"
+    add_viewer(page, stack, layer, thumbnails, thumbnails_title=title, strip=_strip(verdict))
 
 
-def _viewer_slice(pictures: CasePictures, z: int) -> ViewerSlice:
+def _best(pictures: CasePictures, verdict: Verdict | None) -> list[tuple[int, str]]:
+    """The slices to look at first and what their thumbnails say: by the head's scores, else by heat."""
+    if verdict is not None and verdict.slice_scores_Z is not None:
+        scores = verdict.slice_scores_Z
+        return [(z, f"{verdict.slice_score_name} {scores[z]:.3g}") for z in verdict.top_slices]
+    heat = pictures.heat
+    return [(entry["slice_index"], f"{entry['score']:.4g} {heat.unit}") for entry in heat.top] if heat else []
+
+
+def _strip(verdict: Verdict | None) -> Strip | None:
+    if verdict is None or verdict.slice_scores_Z is None or len(verdict.slice_scores_Z) < 2:
+        return None
+    return Strip(
+        verdict.slice_scores_Z,
+        verdict.slice_score_name,
+        _SCORES_FROM.get(verdict.slice_scores_from, ""),
+        verdict.top_slices,
+    )
+
+
+_SCORES_FROM = {
+    "volume_head": "The head learned from whole cases; applied to single slices its scores rank them and are no "
+    "probabilities of a slice.",
+    "slice_head": "The head learned from labelled slices.",
+}
+
+
+def _grey_side(pictures: CasePictures, chosen: Sequence[int]) -> int | None:
+    """Longer side of the measured values in the page; None without them."""
+    return fitting_side(pictures.values, chosen, pictures.greys) if pictures.greys else None
+
+
+def _grid(pictures: CasePictures, side: int) -> tuple[int, int]:
+    height, width = reduced(pictures.plane(0)[0], side).shape
+    return height, width
+
+
+def _viewer_slice(pictures: CasePictures, z: int, side: int | None) -> ViewerSlice:
     layer = None
     if pictures.heat is not None:
         unit = pictures.turned(pictures.heat.unit_hw(z))
         scale = max(1, _LAYER_SIDE // max(unit.shape))
         layer = png_bytes(_heat_colours(_smooth(unit, *(scale * n for n in unit.shape))))
-    images = tuple(jpeg_bytes(_reduced(picture), quality=85) for picture in pictures.pictures(z))
-    return ViewerSlice(pictures.label(z), images, layer)
+    most, quality = (VIEWER_SIDE, 85) if side is None else (FALLBACK_SIDE, 78)
+    images = tuple(jpeg_bytes(_reduced(picture, most), quality) for picture in pictures.shown(z))
+    return ViewerSlice(pictures.label(z), images, layer, z, () if side is None else _greys_of(pictures, z, side))
 
 
-def _reduced(picture: np.ndarray) -> np.ndarray:
-    scale = VIEWER_SIDE / max(picture.shape[:2])
+def _greys_of(pictures: CasePictures, z: int, side: int) -> tuple[str, ...]:
+    return tuple(
+        packed(levels(reduced(pictures.turned(channel), side), greys))
+        for channel, greys in zip(pictures.values(z), pictures.greys, strict=True)
+    )
+
+
+def _reduced(picture: np.ndarray, side: int) -> np.ndarray:
+    scale = side / max(picture.shape[:2])
     if scale >= 1:
         return picture
     return resized(picture, *(max(1, round(n * scale)) for n in picture.shape[:2]))
@@ -295,17 +428,17 @@ def _bar() -> bytes:
     return png_bytes(_heat_colours(np.linspace(0, 1, _BAR)[None]))
 
 
-def _thumbnail(pictures: CasePictures, entry: Mapping[str, Any], chosen: Sequence[int]) -> Thumbnail:
-    z = entry["slice_index"]
+def _thumbnail(pictures: CasePictures, z: int, detail: str, chosen: Sequence[int]) -> Thumbnail:
     height, width = pictures.picture_size(THUMBNAIL_SIDE)
-    picture = _laid_over(resized(pictures.pictures(z)[0], height, width), pictures, z)
-    heat = _heat_of(pictures)
-    return Thumbnail(chosen.index(z), f"slice {z + 1}", f"{entry['score']:.4g} {heat.unit}", jpeg_bytes(picture, 85))
+    picture = resized(pictures.shown(z)[0], height, width)
+    if pictures.heat is not None:
+        picture = _laid_over(picture, pictures, z)
+    return Thumbnail(chosen.index(z), f"slice {z + 1}", detail, jpeg_bytes(picture, 85))
 
 
 def _similarity_pair(pictures: CasePictures, similarity_hw: np.ndarray, z: int, patch: tuple[int, int]) -> bytes:
     height, width = pictures.picture_size(SIMILARITY_SIDE)
-    picture = resized(pictures.pictures(z)[0], height, width)
+    picture = resized(pictures.shown(z)[0], height, width)
     here = np.zeros(similarity_hw.shape, np.uint8)
     here[patch] = 255
     box = Image.fromarray(np.ascontiguousarray(pictures.turned(here))).resize((width, height), Image.Resampling.NEAREST)

@@ -11,7 +11,7 @@ import hashlib
 import html
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medssl_cli.core.run import RESEARCH_NOTE, hide_home, package_version, write_text
@@ -114,6 +114,7 @@ class Page:
         *,
         caption: str = "",
         anchors: Sequence[str] = (),
+        right: Collection[int] = (),
     ) -> None:
         """A table that scrolls sideways on a narrow screen; numbers stand right.
 
@@ -122,13 +123,16 @@ class Page:
             rows: Cells; text, number, None or Html.
             caption: Said above the table.
             anchors: One id a row, for links.
+            right: Columns whose texts stand right as numbers do.
         """
         rows = list(rows)
-        head = "".join(_head(name, [row[i] for row in rows if i < len(row)]) for i, name in enumerate(header))
+        head = "".join(
+            _head(name, [row[i] for row in rows if i < len(row)], i in right) for i, name in enumerate(header)
+        )
         body = []
-        for i, row in enumerate(rows):
-            anchor = f' id="{escaped(anchors[i])}"' if i < len(anchors) else ""
-            body.append(f"<tr{anchor}>{''.join(_cell(cell) for cell in row)}</tr>")
+        for number, row in enumerate(rows):
+            anchor = f' id="{escaped(anchors[number])}"' if number < len(anchors) else ""
+            body.append(f"<tr{anchor}>{''.join(_cell(cell, i in right) for i, cell in enumerate(row))}</tr>")
         title = f"<caption>{escaped(caption)}</caption>" if caption else ""
         label = escaped(caption or "table")
         self._parts.append(
@@ -200,15 +204,15 @@ class Page:
         )
 
 
-def _head(name: str, column: Sequence[Content]) -> str:
+def _head(name: str, column: Sequence[Content], is_right: bool) -> str:
     """The name stands right above numbers."""
     told = [content for content in column if content is not None]
-    kind = ' class="number"' if told and all(map(_is_number, told)) else ""
+    kind = ' class="number"' if is_right or (told and all(map(_is_number, told))) else ""
     return f'<th scope="col"{kind}>{escaped(name)}</th>'
 
 
-def _cell(content: Content) -> str:
-    kind = ' class="number"' if _is_number(content) else ""
+def _cell(content: Content, is_right: bool) -> str:
+    kind = ' class="number"' if is_right or _is_number(content) else ""
     return f"<td{kind}>{escaped(content)}</td>"
 
 
@@ -259,6 +263,7 @@ th,td{padding:.45rem .7rem;border-bottom:1px solid var(--line);vertical-align:to
 td{max-width:32rem}
 td:last-child{min-width:12rem}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.number:last-child{min-width:0}
 tr:target,.card:target{background:var(--warning-bg)}
 figure{margin:1rem 0}
 figcaption{color:var(--soft);font-size:.9rem}

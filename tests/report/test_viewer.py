@@ -2,16 +2,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
+import json
 import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medssl_cli.report.case_page import CasePictures, Heat, case_page, heat_picture, similarity_picture
+from medssl_cli.report.case_page import (
+    CasePictures,
+    Finding,
+    Flag,
+    Heat,
+    Verdict,
+    case_page,
+    heat_picture,
+    similarity_picture,
+)
+from medssl_cli.report.grey_values import CT_WINDOWS
 from medssl_cli.report.overlay import png_bytes
 from medssl_cli.report.page import Page
 from medssl_cli.report.viewer import Stack, ViewerSlice, add_viewer
@@ -72,14 +83,103 @@ def whole_page(text: str = "P1") -> Page:
     )
 
 
+def head_page(text: str = "P1", *, count: int = 8, heat_map: bool = True, noise: float = 0.0) -> Page:
+    """A CT with measured values, looked at by a head; slices 2, 5, … were not looked at."""
+    volume = ct_volume(count, noise)
+    scores = np.where(np.arange(count) % 3 == 2, np.nan, np.arange(count) / count)
+    pictures = CasePictures(
+        names=(text,),
+        plane=lambda z: np.clip(volume[z][None] / 80, 0, 1).astype(np.float32),
+        count=count,
+        spacing=(1.0, 1.0),
+        orientation="LPS",
+        colour=False,
+        heat=heat(count) if heat_map else None,
+        stored=lambda z: volume[z][None],
+        value_unit="HU",
+    )
+    verdict = Verdict(
+        findings=(Finding(text, 0.9, 0.8, 0.95, 0.4, True), Finding("other", 0.1, None, None, 0.4, False)),
+        calibrated=True,
+        interval_definition=text,
+        head=text,
+        slice_scores_Z=scores,
+        slice_score_name=text,
+        slice_scores_from="slice_head",
+    )
+    return case_page(
+        text,
+        pictures,
+        similarity_hw=None,
+        similarity_slice=0,
+        reference_patch=(0, 0),
+        missing=(),
+        facts={text: text},
+        verdict=verdict,
+        flags=(Flag("warning", text, text),),
+    )
+
+
+def ct_volume(count: int, noise: float = 0.0) -> np.ndarray:
+    """(Z, Y, X) HU: a ramp over the range of a CT, less steep from slice to slice; in LPS it is shown as it is."""
+    if noise:
+        return np.random.default_rng(0).normal(30, noise, (count, 512, 512)).astype(np.int16)
+    ramp = np.linspace(-1100, 3200, 14 * 18).reshape(14, 18)
+    return np.stack([np.rint(ramp / (1 + z)) for z in range(count)]).astype(np.int16)
+
+
+def test_a_grey_volume_before_a_network_of_colours_can_be_windowed() -> None:
+    """And a photograph cannot: its colours are no measured values."""
+    volume = ct_volume(2)[:, None].repeat(3, axis=1)
+    of_colours = volume + np.array([0, 1, 2])[:, None, None]
+    for stored, names in ((volume, [w.name for w in CT_WINDOWS]), (of_colours, [])):
+        pictures = CasePictures(
+            ("image",), lambda z: np.zeros((3, 14, 18), np.float32), 2, (1.0, 1.0), "LPS", True,
+            stored=stored.__getitem__, value_unit="HU",
+        )  # fmt: skip
+        assert [w.name for greys in pictures.greys for w in greys.windows[:-1]] == names
+        assert len(pictures.shown(0)) == 1
+
+
 def test_r15_names_of_cases_and_sequences_are_inert() -> None:
-    plain, evil = Elements(whole_page().render()), Elements(whole_page(EVIL).render())
-    assert [tag for tag, _ in evil.tags] == [tag for tag, _ in plain.tags]
-    assert not [name for _, attributes in evil.tags for name in attributes if name.startswith("on")]
+    for made in (whole_page, head_page):
+        plain, evil = Elements(made().render()), Elements(made(EVIL).render())
+        assert [tag for tag, _ in evil.tags] == [tag for tag, _ in plain.tags]
+        assert not [name for _, attributes in evil.tags for name in attributes if name.startswith("on")]
 
 
-def test_r15_nothing_is_asked_from_outside() -> None:
-    text = whole_page().render()
+def test_the_page_of_a_head_says_first_what_it_found() -> None:
+    text = head_page("subdural").render()
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+    assert headings == ["Findings", "Slices", "Provenance"]
+    assert (
+        text.index('class="note warning"')
+        < text.index("<h2")
+        < text.index('class="verdict"')
+        < text.index('id="strip"')
+    )
+    thumbs = re.findall(r"<strong>slice (\d)</strong><span>(.*?)</span>", text)
+    assert thumbs == [("8", "subdural 0.875"), ("7", "subdural 0.75"), ("5", "subdural 0.5"), ("4", "subdural 0.375"),
+                      ("2", "subdural 0.125")]  # fmt: skip
+    assert "Slices with the highest scores" in text
+
+
+def test_pictures_beside_measured_values_are_windowed_alike() -> None:
+    """Without scripts one sees the first window of the unit, not what the network was shown."""
+    volume = ct_volume(3)
+    pictures = CasePictures(
+        ("ct",), lambda z: np.zeros((1, 14, 18), np.float32), 3, (1.0, 1.0), "LPS", False,
+        stored=lambda z: volume[z][None], value_unit="HU",
+    )  # fmt: skip
+    (shown,) = pictures.shown(1)
+    np.testing.assert_array_equal(shown[..., 0], np.rint(np.clip(volume[1] / 80, 0, 1) * 255))
+    with pytest.raises(ValueError, match="1 sequences are stored, 2 have names"):
+        CasePictures(("a", "b"), pictures.plane, 3, (1.0, 1.0), "LPS", False, stored=pictures.stored).shown(0)
+
+
+@pytest.mark.parametrize("made", [whole_page, head_page])
+def test_r15_nothing_is_asked_from_outside(made: Callable[[], Page]) -> None:
+    text = made().render()
     for tag, attributes in Elements(text).tags:
         for name in ("src", "href"):
             value = attributes.get(name)
@@ -189,42 +289,151 @@ document.title=JSON.stringify(seen);
 """
 
 
-def in_chromium(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """(the document after its scripts ran, console lines)."""
-    browser = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    if browser is None:
-        pytest.skip("no Chromium here: the page was not opened in a browser")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=3000 --enable-logging=stderr --dump-dom"
-    )
-    words = [browser, *flags.split(), f"--user-data-dir={profile}", page.as_uri()]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    return answer.stdout, [line for line in answer.stderr.splitlines() if "CONSOLE" in line]
+Opened = Callable[[Path], tuple[str, list[str]]]
+
+
+def driven(page: Page, script: str, folder: Path, in_chromium: Opened) -> object:
+    """What a script that stands in a copy of the page puts into the title, as JSON."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.render())
+    (folder / "driven.html").write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    document, console = in_chromium(folder / "driven.html")
+    assert console == []
+    title = re.findall(r"<title>(.*?)</title>", document)[0]  # bars of a chart have titles too
+    return json.loads(html.unescape(title))
 
 
 @pytest.mark.slow
-def test_r15_opens_in_a_browser_without_complaint(tmp_path: Path) -> None:
+def test_r15_opens_in_a_browser_without_complaint(tmp_path: Path, in_chromium: Opened) -> None:
+    head_page(EVIL).write(tmp_path / "head.html")
+    document, console = in_chromium(tmp_path / "head.html")
+    assert console == []
+    assert 'class="measured"' in document, "the measured values were not drawn"
     whole_page(EVIL).write(tmp_path / "report.html")
-    document, console = in_chromium(tmp_path / "report.html", tmp_path / "profile")
+    document, console = in_chromium(tmp_path / "report.html")
     assert console == []
     assert 'id="controls">' in document, "the script did not run"
     assert ">slice 3 of 4</output>" in document
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "bad.html").write_text(text.replace("</main>", "<script>alert(2)</script></main>"), encoding="utf-8")
-    _, console = in_chromium(tmp_path / "bad.html", tmp_path / "profile")
+    _, console = in_chromium(tmp_path / "bad.html")
     assert console, "a foreign script was let through"
 
 
 @pytest.mark.slow
-def test_sliders_keys_and_thumbnails_move_the_viewer(tmp_path: Path) -> None:
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole_page().render())
-    (tmp_path / "driven.html").write_text(
-        text.replace("</body>", f"<script>{DRIVER}</script></body>"), encoding="utf-8"
-    )
-    document, console = in_chromium(tmp_path / "driven.html", tmp_path / "profile")
+def test_sliders_keys_and_thumbnails_move_the_viewer(tmp_path: Path, in_chromium: Opened) -> None:
+    assert driven(whole_page(), DRIVER, tmp_path, in_chromium) == [
+        *(2, 3, 3, 0, 3, 2, 0, 1, "0.7", "0", "0.3", True, False, 2, "0.7")
+    ]  # fmt: skip
+
+
+HEAD_DRIVER = """
+window.addEventListener('load',function(){
+var seen=[],stage=document.getElementById('stage'),strip=document.getElementById('strip');
+var planes=Array.from(document.querySelectorAll('.plane'));
+function key(name){stage.dispatchEvent(new KeyboardEvent('keydown',{key:name,bubbles:true,cancelable:true}));}
+function set(id,value){var input=document.getElementById(id);input.value=value;input.dispatchEvent(new Event('input'));}
+function drag(name,x,y){
+stage.dispatchEvent(new PointerEvent(name,{clientX:x,clientY:y,button:2,pointerId:1,pointerType:'mouse'}));
+}
+function note(){
+var canvas=document.querySelector('canvas.measured');
+var copy=document.createElement('canvas').getContext('2d',{willReadFrequently:true}),greys=[];
+copy.drawImage(canvas,0,0);
+var data=copy.getImageData(0,0,canvas.width,canvas.height).data;
+for(var i=0;i<data.length;i+=4){greys.push(data[i]);}
+seen.push({plane:planes.findIndex(function(p){return !p.hidden;}),greys:greys,
+text:document.querySelector('.windowed').textContent,probe:document.querySelector('.probe').textContent,
+pressed:Array.from(document.querySelectorAll('#presets [aria-pressed=true]')).map(function(b){return b.textContent;}),
+mark:document.getElementById('strip-mark').getAttribute('x1'),
+light:document.getElementById('light').hidden,opacity:document.querySelector('.layer').style.opacity});
+}
+stage.setPointerCapture=function(){};
+var box=strip.getBoundingClientRect();
+var steps=[function(){},function(){key('w');},function(){key('W');key('W');},
+function(){strip.dispatchEvent(new MouseEvent('click',{clientX:box.left+box.width*2.4/8,bubbles:true}));},
+function(){document.querySelectorAll('#presets button')[3].click();},
+function(){set('centre',100);},
+function(){document.getElementById('reset').click();drag('pointerdown',300,300);drag('pointermove',425,300);
+drag('pointerup',425,300);},
+function(){key('[');},
+function(){
+var rect=document.querySelector('canvas.measured').getBoundingClientRect();
+drag('pointermove',rect.left+rect.width*(3.5/18),rect.top+rect.height*(4.5/14));
+}];
+function next(){
+if(!steps.length){document.title=JSON.stringify(seen);return;}
+steps.shift()();setTimeout(function(){note();next();},150);
+}
+setTimeout(next,300);
+});
+"""
+
+
+@pytest.mark.slow
+def test_window_and_level_are_those_of_the_measured_values(tmp_path: Path, in_chromium: Opened) -> None:
+    """Every pixel of the canvas against the window's formula in float64."""
+    seen = driven(head_page(), HEAD_DRIVER, tmp_path, in_chromium)
+    assert isinstance(seen, list)
+    volume = np.clip(ct_volume(8), -1024, 3071).astype(float)
+
+    def expected(z: int, centre: float, width: float) -> np.ndarray:
+        return (255 * np.clip((volume[z] - (centre - width / 2)) / width, 0, 1)).ravel()
+
+    windows = {window.name: (window.centre, window.width) for window in CT_WINDOWS}
+    start, after_w, before, clicked, bone, moved, dragged, faded, probed = seen
+    for state, z, window in (
+        (start, 7, windows["brain"]),
+        (after_w, 7, windows["subdural"]),
+        (clicked, 2, None),
+        (bone, 2, windows["bone"]),
+        (moved, 2, (100, windows["bone"][1])),
+        (dragged, 7, (40, 120)),
+    ):
+        assert state["plane"] == z
+        if window is not None:
+            np.testing.assert_allclose(state["greys"], expected(z, *window), atol=0.51)
+    assert [start["pressed"], after_w["pressed"], before["pressed"]] == [["brain"], ["subdural"], ["full range"]]
+    assert (bone["text"], dragged["text"]) == ("C 600 W 2800", "C 40 W 120")
+    assert start["mark"] == f"{100 * 7.5 / 8}%"
+    assert clicked["mark"] == f"{100 * 2.5 / 8}%"
+    assert start["light"] is True, "brightness and contrast have no place beside a window"
+    assert (start["opacity"], faded["opacity"]) == ("0.7", "0.6")
+    assert probed["probe"] == f"{volume[7][4, 3]:.0f} HU"
+
+
+@pytest.mark.slow
+def test_damaged_values_leave_the_pictures(tmp_path: Path, in_chromium: Opened) -> None:
+    page = head_page()
+    text = re.sub(r'data-values="[^"]*"', 'data-values="AAAA"', page.render())
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    document, console = in_chromium(tmp_path / "page.html")
     assert console == []
-    (title,) = re.findall(r"<title>(.*?)</title>", document)
-    assert title == '[2,3,3,0,3,2,0,1,"0.7","0","0.3",true,false,2,"0.7"]'
+    assert 'class="measured"' not in document
+    assert '<div id="light">' in document
+    assert '<div id="windowing" hidden' in document
+
+
+@pytest.mark.slow
+def test_the_opacity_slider_changes_what_is_seen(photographed: Callable[[str, str], np.ndarray]) -> None:
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", head_page().render())
+    script = "<script>var o=document.getElementById('opacity');o.value=%d;o.dispatchEvent(new Event('input'));</script>"
+    pages = {value: text.replace("</body>", f"{script % value}</body>") for value in (0, 50, 100)}
+    off, half, full = (photographed(page, f"opacity-{value}") for value, page in pages.items())
+    coloured = [int((np.ptp(picture, axis=2) > 60).sum()) for picture in (off, half, full)]
+    assert coloured[0] < coloured[1] < coloured[2], "the heat map adds colour to a grey picture"
+    assert (np.abs(full - off).max(2) > 40).mean() > 0.01
+
+
+@pytest.mark.slow
+def test_without_scripts_picture_findings_and_chart_are_seen(photographed: Callable[[str, str], np.ndarray]) -> None:
+    text = re.sub(r"<script>.*?</script>", "", head_page(heat_map=False).render(), flags=re.S)
+    picture = photographed(text, "off")
+    assert (picture.sum(2) == 0).mean() > 0.02, "the dark part of the slice"
+    assert (picture == (11, 92, 173)).all(2).mean() > 0.002, "bars of the findings and of the chart"
+
+
+@pytest.mark.slow
+def test_a_page_of_many_noisy_slices_stays_small() -> None:
+    text = head_page(count=70, noise=12).render()
+    assert 'data-values="' in text
+    assert len(text) < 15_000_000
