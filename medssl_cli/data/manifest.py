@@ -659,6 +659,19 @@ def _imagenet_place(name: str) -> tuple[str, str]:
     return (split, parts[1]) if split and len(parts) > 2 else (split, "")
 
 
+def class_folders(root: Path) -> dict[str, str]:
+    """Class of each image of a tree ``class_a/x.png`` without split folders; empty for another layout.
+
+    Every image must lie exactly one folder deep, in two folders or more, which hold two images each on average: a
+    folder for each image tells of no class.
+    """
+    places = {name: PurePosixPath(name).parts for name in _walk_images(root)}
+    found = {name: parts[0] for name, parts in places.items() if len(parts) == 2}
+    folders = set(found.values())
+    is_flat = len(found) == len(places) and not any(name.lower() in _SPLIT_FOLDERS for name in folders)
+    return found if is_flat and 2 <= len(folders) <= len(found) / 2 else {}
+
+
 def groups_by_pattern(names: Sequence[str], pattern: str) -> dict[str, str]:
     """Group of each name: what the first parenthesis of the regular expression matches, or the whole match.
 

@@ -250,7 +250,11 @@ def read_planes(case: Case, backbone: Backbone) -> Planes:
     """
     if all(is_image(sequence.path) for sequence in case.sequences.values()):
         return _picture_planes(case, backbone)
-    prepared = prepare_case(case, backbone.sequences, backbone.preprocess)
+    return planes_of(prepare_case(case, backbone.sequences, backbone.preprocess), backbone)
+
+
+def planes_of(prepared: Prepared, backbone: Backbone) -> Planes:
+    """The slices of a prepared case along its first array axis, with the intensity limits of training."""
     stored_SNHW, low_SN, high_SN = _limits(prepared, backbone)
     spacing = affine_spacing(prepared.affine)
     return Planes(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -56,6 +56,33 @@ def submit_job(request: PretrainRequest) -> Result:
 
 def launch_group(request: PretrainRequest, work: Callable[[PretrainRequest], Result]) -> Result:
     """The same in ``--gpus`` processes of this machine; the first one's result."""
+    refuse_named_gpu(request)
+    check_request(request)
+    resolve_config(request)  # every bad key is told before anything starts
+    refuse_missing_gpus(request, "train.grad_accumulation gives the same total batch")
+    return launch(work, request, processes=request.gpus)
+
+
+class GroupRequest(Protocol):
+    """What a command that starts a group was asked for."""
+
+    @property
+    def gpus(self) -> int:
+        """``--gpus``."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """``--device``."""
+        ...
+
+
+def refuse_named_gpu(request: GroupRequest) -> None:
+    """Refuse several processes on one named GPU.
+
+    Raises:
+        ConfigError: ``--device cuda:N`` with ``--gpus``.
+    """
     if request.device.startswith("cuda:"):
         raise ConfigError(
             "--gpus takes one GPU for each process.",
@@ -63,20 +90,25 @@ def launch_group(request: PretrainRequest, work: Callable[[PretrainRequest], Res
             fix="pass --device cuda, or set CUDA_VISIBLE_DEVICES to the GPUs to use",
             code="flags_exclude",
         )
-    check_request(request)
-    resolve_config(request)  # every bad key is told before anything starts
-    if request.device != "cpu":
-        resolve_device("auto" if request.device == "auto" else "cuda")
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if found < request.gpus:
-            raise ResourceError(
-                f"There are not {request.gpus} GPUs here.",
-                where=f"--gpus {request.gpus}; found {found}",
-                fix="lower --gpus (train.grad_accumulation gives the same total batch), or pass --device cpu for as "
-                "many processes on the CPU",
-                code="gpus_missing",
-            )
-    return launch(work, request, processes=request.gpus)
+
+
+def refuse_missing_gpus(request: GroupRequest, instead: str) -> None:
+    """Refuse more processes than there are GPUs; ``instead`` tells what a lower number costs.
+
+    Raises:
+        ResourceError: There are fewer.
+    """
+    if request.device == "cpu":
+        return
+    resolve_device("auto" if request.device == "auto" else "cuda")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < request.gpus:
+        raise ResourceError(
+            f"There are not {request.gpus} GPUs here.",
+            where=f"--gpus {request.gpus}; found {found}",
+            fix=f"lower --gpus ({instead}), or pass --device cpu for as many processes on the CPU",
+            code="gpus_missing",
+        )
 
 
 def is_batch_shell(place: Place) -> bool:
@@ -84,7 +116,7 @@ def is_batch_shell(place: Place) -> bool:
     return place.source == "slurm" and "SLURM_STEP_ID" not in os.environ
 
 
-def device_of(request: PretrainRequest, place: Place | None) -> torch.device:
+def device_of(request: GroupRequest, place: Place | None) -> torch.device:
     """The device of this process: in a group, the GPU with its local number."""
     if place is None:
         return resolve_device(request.device)

@@ -84,8 +84,14 @@ class _Source:
     config: DataConfig
 
 
-def read_training_data(config: DataConfig) -> TrainingData:
+def read_training_data(config: DataConfig, *, every_split: bool = False, compare_lists: bool = True) -> TrainingData:
     """Read the cases that a config names, and refuse a split that leaks.
+
+    Args:
+        config: In force.
+        every_split: Keep the cases of all splits that folders, lists or a column tell, instead of ``data.split``;
+            whoever asks for them compares the splits, and calls ``tell_absent`` with all of them.
+        compare_lists: Compare with the sibling lists of a split; False for who reads and compares all of them.
 
     Raises:
         ConfigError: No data root was given, or settings that do not fit what lies there.
@@ -102,7 +108,7 @@ def read_training_data(config: DataConfig) -> TrainingData:
     unreadable: list[Failure] = []
     split_csv = None if config.split_csv is None else Path(config.split_csv)
     cases = _read(source, split_csv, unreadable)
-    if split_csv is None:
+    if split_csv is None and not every_split:
         cases = _of_split(source, cases)
     if source.layout not in ("cases", "images"):
         cases = _there(source, cases, unreadable)
@@ -111,8 +117,10 @@ def read_training_data(config: DataConfig) -> TrainingData:
     if kind == "volumes":
         cases = _with_sequences(config, source.root, cases, unreadable)
         cases = _in_place(config, cases, unreadable)
-        _tell_absent(cases, config.mri_sequences)
-    _refuse_leak(source, split_csv, cases)
+        if not every_split:
+            tell_absent(cases, config.mri_sequences)
+    if compare_lists:
+        _refuse_leak(source, split_csv, cases)
     digest = split_digest(case.case_id for case in cases)
     return TrainingData(cases, kind, digest, unreadable, config, source.layout)
 
@@ -341,7 +349,7 @@ def _in_place(config: DataConfig, cases: list[Case], unreadable: list[Failure]) 
     return [case for case in cases if case.case_id not in bad]
 
 
-def _tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
+def tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
     """One line for each sequence that some cases lack; a sequence that no case has is refused.
 
     Raises:

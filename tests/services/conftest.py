@@ -1,10 +1,13 @@
-"""Labelled phantoms of the services' tests."""
+"""Labelled phantoms of the services' tests; puts their shared constructions on the path."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(scope="session")
