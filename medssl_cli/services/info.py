@@ -12,7 +12,7 @@ from typing import Any
 
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import LOCK, hide_home, result_header, to_json
-from medssl_cli.services.lookup import EXPORT, find_model, run_status
+from medssl_cli.services.lookup import EXPORT, find_model, is_head_run, read_head_card, run_status
 
 MAX_HEADER_BYTES = 100_000_000
 """Upper bound of a safetensors header, the format's own."""
@@ -51,7 +51,7 @@ def info(path: Path | None) -> Info:
 
 def _newest() -> Path:
     found = find_model(None)
-    return found.run or found.weights
+    return found.head or found.run or found.weights
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -88,6 +88,10 @@ def _describe_run(run: Path) -> dict[str, Any]:
         if key in record
     }
     facts["checkpoints"] = steps
+    if is_head_run(run):
+        card = read_head_card(run)
+        keys = ("task", "classes", "kind", "pool_mode", "level", "thresholds", "calibrated", "selection")
+        facts["head"] = {key: card[key] for key in keys if key in card} | {"backbone": card["model"].get("path")}
     export = run / EXPORT
     if export.is_file():
         facts["export"] = _describe_weights(export)

@@ -1,16 +1,25 @@
-"""Which model a command works with: the option, MEDSSL_MODEL, or the newest finished run under ./runs."""
+"""Which model a command works with: the option, MEDSSL_MODEL, or the newest finished run under ./runs.
+
+A run is of a backbone or of a head. A head works on the vectors of one backbone, so that a head run stands for two
+things: the head itself, and the weights of its backbone, which lie in the run (after fine-tuning) or where its card
+says.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from medssl_cli.core.errors import CheckpointError, ConfigError
+from medssl_cli.core.run import hide_home
 
 RUNS = Path("runs")
 EXPORT = Path("export/teacher_backbone.safetensors")
+HEAD_CARD = "head.json"
+HEAD_WEIGHTS = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -18,28 +27,34 @@ class FoundModel:
     """A weight file and how it was found.
 
     Args:
-        weights: ``.safetensors`` file with its card beside it.
-        run: Run folder it belongs to, or None for a bare file.
+        weights: ``.safetensors`` file of the backbone with its card beside it.
+        run: Run folder that the backbone belongs to, or None for a bare file.
         why: For the user: ``given``, ``MEDSSL_MODEL`` or ``newest finished run under ./runs``.
+        head: Run folder of a head that works on this backbone, or None for the backbone alone.
     """
 
     weights: Path
     run: Path | None
     why: str
+    head: Path | None = None
 
 
-def find_model(model: Path | None) -> FoundModel:
+def find_model(model: Path | None, *, backbone: Path | None = None) -> FoundModel:
     """Resolve ``--model``.
 
+    Args:
+        model: Run folder or weight file; None: MEDSSL_MODEL, then the newest finished run.
+        backbone: Where the backbone of a head lies now, as a run folder or a weight file.
+
     Raises:
-        ConfigError: Nothing was named and no finished run exists.
+        ConfigError: Nothing was named and no finished run exists; or the backbone of a head is not where it was.
         CheckpointError: The named run has no exported backbone, or the file does not exist.
     """
     if model is not None:
-        return _resolve(model, "given")
+        return _resolve(model, "given", backbone)
     if named := os.environ.get("MEDSSL_MODEL"):
-        return _resolve(Path(named), "MEDSSL_MODEL")
-    finished = [run for run in RUNS.glob("*") if run_status(run) == "finished" and (run / EXPORT).is_file()]
+        return _resolve(Path(named), "MEDSSL_MODEL", backbone)
+    finished = [run for run in RUNS.glob("*") if run_status(run) == "finished" and _is_model(run)]
     if not finished:
         raise ConfigError(
             "No model was named and no finished run was found.",
@@ -48,7 +63,7 @@ def find_model(model: Path | None) -> FoundModel:
             code="model_missing",
         )
     newest = max(finished, key=lambda run: (run / "run.json").stat().st_mtime)
-    return _resolve(newest, "newest finished run under ./runs")
+    return _resolve(newest, "newest finished run under ./runs", backbone)
 
 
 def run_status(run: Path) -> str | None:
@@ -59,7 +74,50 @@ def run_status(run: Path) -> str | None:
         return None
 
 
-def _resolve(path: Path, why: str) -> FoundModel:
+def is_head_run(path: Path) -> bool:
+    """Whether a folder holds a trained head."""
+    return (path / HEAD_CARD).is_file() and (path / HEAD_WEIGHTS).is_file()
+
+
+def read_head_card(run: Path) -> dict[str, Any]:
+    """``head.json`` of a head run.
+
+    Raises:
+        CheckpointError: Missing, or not JSON of a head.
+    """
+    path = run / HEAD_CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict) or not isinstance(card.get("model"), dict):
+            raise ValueError("it does not tell of a head and its backbone")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "The card of the head cannot be read.",
+            where=f"{hide_home(str(path))}: {str(error)[:200]}",
+            fix="name the --out folder of a finished `medssl train-head`",
+            code="head_unreadable",
+        ) from error
+    return card
+
+
+def _is_model(run: Path) -> bool:
+    return (run / EXPORT).is_file() or is_head_run(run)
+
+
+def _resolve(path: Path, why: str, backbone: Path | None) -> FoundModel:
+    if path.is_dir() and is_head_run(path):
+        return _resolve_head(path, why, backbone)
+    if backbone is not None:
+        raise ConfigError(
+            "A backbone was named for a model that is no head.",
+            where=f"{hide_home(str(path))}, --backbone {hide_home(str(backbone))}",
+            fix="leave --backbone out, or name the run folder of a head with --model",
+            code="backbone_without_head",
+        )
+    return _resolve_backbone(path, why)
+
+
+def _resolve_backbone(path: Path, why: str) -> FoundModel:
     if path.is_dir():
         if (path / EXPORT.name).is_file():  # a folder of `medssl convert weights`
             return FoundModel(path / EXPORT.name, None, why)
@@ -77,3 +135,37 @@ def _resolve(path: Path, why: str) -> FoundModel:
             "The model does not exist.", where=str(path), fix="name a run folder or a weight file", code="model_missing"
         )
     return FoundModel(path, None, why)
+
+
+def _resolve_head(run: Path, why: str, backbone: Path | None) -> FoundModel:
+    """A head run with its backbone: fine-tuned in the run itself, as named, or where the card says it lay."""
+    if (run / EXPORT).is_file():
+        if backbone is not None:
+            raise ConfigError(
+                "This head has a fine-tuned backbone of its own.",
+                where=hide_home(str(run / EXPORT)),
+                fix="leave --backbone out",
+                code="backbone_given_twice",
+            )
+        return FoundModel(run / EXPORT, run, why, head=run)
+    if backbone is not None:
+        return replace(_resolve_backbone(backbone, why), head=run)
+    told = read_head_card(run)["model"]
+    places = [_beside(run, str(told["path_from_run"]))] if told.get("path_from_run") else []
+    places += [Path(str(told["path"])).expanduser()] if told.get("path") else []
+    for weights in places:
+        if weights.is_file():
+            owner = weights.parents[1] if weights.parts[-2:] == EXPORT.parts else None
+            return FoundModel(weights, owner, why, head=run)
+    raise ConfigError(
+        "The backbone of the head is not where it was.",
+        where=f"{hide_home(str(run))}: looked for {' and '.join(hide_home(str(place)) for place in places) or 'none'}",
+        fix="name its run folder or weight file with --backbone",
+        code="backbone_missing",
+    )
+
+
+def _beside(run: Path, path: str) -> Path:
+    """A place told from a run, as a person would write it: ``runs/backbone/…``, not ``runs/head/../backbone/…``."""
+    plain = Path(os.path.normpath(run / path))
+    return plain if plain.is_file() else run / path  # a linked run folder has another parent than its name tells
