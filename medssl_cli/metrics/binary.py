@@ -29,7 +29,8 @@ DEFINITIONS: dict[str, str] = {
     "brier": "mean squared difference of probability and label, 0 is best",
     "log_loss": "mean negative log-likelihood of the labels, natural logarithm, 0 is best",
     "ece": f"expected calibration error: {BINS} equal-width bins of the probability, mean over cases of the distance "
-    "between mean probability and share of positives in their bin; too high with few cases, more so in bootstrap draws",
+    "between mean probability and share of positives in their bin; too high with few cases, "
+    "more so in bootstrap draws: its interval may lie above it",
     "prevalence": "share of positives",
     "n_positives": "number of positives",
 }

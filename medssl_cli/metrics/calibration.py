@@ -71,7 +71,7 @@ def nll(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> np.ndarray:
 # --- scaling ---------------------------------------------------------------------------------------------------------
 
 
-def fit_temperature(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Scaling:
+def fit_temperature(logits_NC: np.ndarray, labels: np.ndarray, task: Task, *, smooth: bool = False) -> Scaling:
     """The scale 1 / T of the logits with the smallest negative log-likelihood, in 1e-2 to 1e2; the shift is 0.
 
     One scale for binary and multiclass, one for each label of multilabel. The loss is convex in the scale; it is never
@@ -81,6 +81,7 @@ def fit_temperature(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Sc
         logits_NC: As for ``nll``.
         labels: As for ``nll``.
         task: As for ``nll``.
+        smooth: As for ``fit_platt``.
 
     Source: Guo et al. 2017.
     """
@@ -91,15 +92,15 @@ def fit_temperature(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Sc
         if not unfit[0]:
             known = ~np.isnan(labels[:, 0])
             z, y = logits[known], labels[known, 0].astype(int)
-            scale[:] = _best_scale(_class_loss(z, y))
+            scale[:] = _best_scale(_class_loss(z, y, smooth))
         return scale, np.zeros_like(scale)
     for c, (z, y, known) in enumerate(_columns(logits, labels)):
         if not unfit[c]:
-            scale[c] = _best_scale(_label_loss(z[known], y[known]))
+            scale[c] = _best_scale(_label_loss(z[known], y[known], smooth))
     return scale, np.zeros_like(scale)
 
 
-def fit_platt(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Scaling:
+def fit_platt(logits_NC: np.ndarray, labels: np.ndarray, task: Task, *, smooth: bool = False) -> Scaling:
     """Scale and shift of the logits with the smallest negative log-likelihood.
 
     One pair for each label; multiclass: one scale, and one shift for each class that occurs. Scales lie in 1e-2 to
@@ -110,8 +111,10 @@ def fit_platt(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Scaling:
         logits_NC: As for ``nll``.
         labels: As for ``nll``.
         task: As for ``nll``.
+        smooth: Take the label of n cases for (n + 1) / (n + 2) sure, the rest shared by the others, so that few cases,
+            or cases that are told apart without an error, do not ask for probabilities of 0 and 1.
 
-    Source: Platt 1999, without his smoothing of labels; classes: Alexandari et al. 2020.
+    Source: Platt 1999; classes: Alexandari et al. 2020.
     """
     logits, labels = _shaped(logits_NC, labels, task)
     scale, shift = np.ones(logits.shape[1]), np.zeros(logits.shape[1])
@@ -121,11 +124,11 @@ def fit_platt(logits_NC: np.ndarray, labels: np.ndarray, task: Task) -> Scaling:
             known = ~np.isnan(labels[:, 0])
             z, y = logits[known], labels[known, 0].astype(int)
             free = np.isin(np.arange(logits.shape[1]), y)
-            scale[:], shift[:] = _best_pair(_class_loss(z, y), free)
+            scale[:], shift[:] = _best_pair(_class_loss(z, y, smooth), free)
         return scale, shift
     for c, (z, y, known) in enumerate(_columns(logits, labels)):
         if not unfit[c]:
-            scale[c], shifts = _best_pair(_label_loss(z[known], y[known]), np.array([True]))
+            scale[c], shifts = _best_pair(_label_loss(z[known], y[known], smooth), np.array([True]))
             shift[c] = shifts[0]
     return scale, shift
 
@@ -170,12 +173,36 @@ def _best_pair(loss: Loss, free_S: np.ndarray) -> tuple[float, np.ndarray]:
     return float(best[0]), best[1:]
 
 
-def _label_loss(logit_N: np.ndarray, label_N: np.ndarray) -> Loss:
-    return lambda scale, shift: _sigmoid_nll(scale * logit_N + shift, label_N)
+def _label_loss(logit_N: np.ndarray, label_N: np.ndarray, smooth: bool) -> Loss:
+    signed_N, sure_N = np.where(label_N > 0.5, logit_N, -logit_N), _sure(label_N > 0.5, smooth)
+    sign_N = np.where(label_N > 0.5, 1.0, -1.0)
+
+    def loss(scale: float, shift: np.ndarray) -> float:
+        z_N = scale * signed_N + sign_N * shift
+        return float((np.logaddexp(0, -z_N) + (1 - sure_N) * z_N).mean())  # softplus(z) = softplus(-z) + z
+
+    return loss
 
 
-def _class_loss(logits_NC: np.ndarray, class_N: np.ndarray) -> Loss:
-    return lambda scale, shift: _softmax_nll(scale * logits_NC + shift, class_N)
+def _class_loss(logits_NC: np.ndarray, class_N: np.ndarray, smooth: bool) -> Loss:
+    sure_N = _sure(class_N, smooth)
+    target_NC = np.repeat((1 - sure_N)[:, None] / max(logits_NC.shape[1] - 1, 1), logits_NC.shape[1], 1)
+    target_NC[np.arange(len(class_N)), class_N] = sure_N
+
+    def loss(scale: float, shift: np.ndarray) -> float:
+        z_NC = scale * logits_NC + shift
+        centred_NC = z_NC - z_NC.max(1, keepdims=True)
+        return float((np.log(np.exp(centred_NC).sum(1)) - (target_NC * centred_NC).sum(1)).mean())
+
+    return loss
+
+
+def _sure(class_N: np.ndarray, smooth: bool) -> np.ndarray:
+    """(N,) how sure the label of a case is taken to be."""
+    if not smooth:
+        return np.ones(len(class_N))
+    _, place_N, counts = np.unique(class_N, return_inverse=True, return_counts=True)
+    return (counts[place_N] + 1) / (counts[place_N] + 2)
 
 
 def _sigmoid_nll(logit_N: np.ndarray, label_N: np.ndarray) -> float:

@@ -172,3 +172,26 @@ def test_no_validation_case_tells_nothing() -> None:
     found = nearby_frequency(0.4, np.zeros(0), np.zeros(0))
     assert math.isnan(found.low)
     assert found.n == 0
+
+
+def test_platt_smoothing_keeps_separable_cases_from_certainty() -> None:
+    from scipy.optimize import minimize
+    from scipy.special import expit, log_expit
+
+    z, y = np.array([[-2.0], [-1.0], [0.5], [3.0], [4.0]]), np.array([[0.0], [0.0], [1.0], [1.0], [1.0]])
+    sure = np.where(y[:, 0] > 0, 4 / 5, 1 / 4)  # (3 + 1) / (3 + 2) and 1 / (2 + 2), Platt 1999
+
+    def loss(x: np.ndarray) -> float:
+        u = x[0] * z[:, 0] + x[1]
+        return float(-(sure * log_expit(u) + (1 - sure) * log_expit(-u)).mean())
+
+    expected = minimize(loss, [1.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14}).x
+    scale, shift = fit_platt(z, y, "binary", smooth=True)
+    assert [scale[0], shift[0]] == pytest.approx(expected, abs=1e-4)
+    assert fit_temperature(z, y, "binary")[0][0] == 100  # without: as far as it goes
+    one, none = fit_temperature(np.array([[-3.0], [3.0]]), np.array([[0.0], [1.0]]), "binary", smooth=True)
+    assert expit(3 * one[0]) == pytest.approx(2 / 3, abs=1e-6)
+    assert none[0] == 0
+    two = np.array([[3.0, 0.0], [0.0, 3.0]])
+    pair, _ = fit_temperature(two, np.array([0, 1]), "multiclass", smooth=True)
+    assert expit(3 * pair[0]) == pytest.approx(2 / 3, abs=1e-6)
