@@ -335,6 +335,11 @@ def _add_slices(page: Page, pictures: CasePictures, verdict: Verdict | None) -> 
         )
     height, width = pictures.picture_size(1000)
     side = _grey_side(pictures, chosen)
+    if pictures.greys and side is None:
+        page.text(
+            "The measured values would make this page too large: the slices are pictures, whose window is fixed; "
+            "brightness and contrast can be changed."
+        )
     slices = tuple(_viewer_slice(pictures, z, side) for z in chosen)
     stack = Stack(
         slices=slices,

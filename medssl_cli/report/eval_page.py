@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from medssl_cli.core.run import RESEARCH_NOTE
+from medssl_cli.core.wording import counted
 from medssl_cli.report.page import Content, Html, Page, escaped, image, joined, path_text
 
 EvalPictures: TypeAlias = Mapping[str, bytes]
@@ -52,6 +53,8 @@ _UNIT = {"auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "s
          "npv", "brier", "ece", "prevalence", "r2", "pearson"}  # fmt: skip
 """Metrics that are drawn between 0 and 1."""
 _COUNTS = ("n_positives",)
+_CHECKED = 8
+"""Classes whose AUROC stands there with DeLong's interval too."""
 _PLOTS = {
     "roc": (
         "ROC curves",
@@ -123,9 +126,20 @@ def _lead(facts: Mapping[str, Any]) -> str:
     n, groups = facts.get("n"), facts.get("n_groups")
     parts = [str(facts.get("task", "")).capitalize()]
     if n is not None:
-        parts.append(f"{n} cases" + (f" of {groups} patients" if groups is not None else ""))
+        level = str(facts.get("group_by", "patient_id"))
+        of = "" if groups is None or level == "case_id" else f" of {groups} {group_unit(level, groups)}"
+        parts.append(f"{counted(n, 'case')}{of}")
     split = (facts.get("data") or {}).get("split")
     return ", ".join(part for part in (*parts, f"part {split}" if split else "") if part) + "."
+
+
+def group_unit(level: str, count: int) -> str:
+    """What the bootstrap draws, by the column that it goes by."""
+    if level == "case_id":
+        return "case" if count == 1 else "cases"
+    if level.lower().replace("_", "") in ("patientid", "patient", "subjectid", "subject", "personid"):
+        return "patient" if count == 1 else "patients"
+    return f"{'group' if count == 1 else 'groups'} of {level}"
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -153,6 +167,19 @@ def _add_headline(page: Page, facts: Mapping[str, Any]) -> None:
         page.text(
             f"Intervals: {said.get('interval', 'bootstrap')}; {said.get('draws')} draws, seed {said.get('seed')}."
         )
+    _add_cross_check(page, facts)
+
+
+def _add_cross_check(page: Page, facts: Mapping[str, Any]) -> None:
+    """DeLong's interval of the AUROC, beside that of the bootstrap."""
+    found = facts.get("delong") or {}
+    known = {name: test for name, test in found.items() if test.get("ci_low") is not None}
+    if not known:
+        return
+    entries = [f"{name} {_number(test['auc'])} ({_interval(test)})" for name, test in known.items()]
+    more = f"; {len(entries) - _CHECKED} more in metrics.json" if len(entries) > _CHECKED else ""
+    definition = facts.get("delong_definition") or "DeLong's interval"
+    page.text(f"AUROC once more, {definition}: {'; '.join(entries[:_CHECKED])}{more}.")
 
 
 def _tiles(metrics: Mapping[str, Any]) -> Html:
@@ -436,8 +463,10 @@ def _add_slices(page: Page, facts: Mapping[str, Any]) -> None:
         return
     page.heading("Single slices")
     page.text(f"{str(slices.get('definition', '')).capitalize()}.")
-    metrics = slices.get("metrics") or {}
-    _forest(page, "level", [("slices", slices)] if metrics else [])
+    rows = [_metric_row(name, metric)[:-1] for name, metric in (slices.get("metrics") or {}).items()]
+    page.add(Html('<div class="headline">'))
+    page.table(("Metric", "Value", "", "95 % interval", "Slices", "Patients"), rows, right={1, 3})
+    page.add(Html("</div>"))
 
 
 def _add_worst(page: Page, facts: Mapping[str, Any]) -> None:
@@ -445,23 +474,33 @@ def _add_worst(page: Page, facts: Mapping[str, Any]) -> None:
     if not cases:
         return
     page.heading("Cases farthest off")
+    page.text(
+        "A look at their images often tells more than the numbers: a wrong label, a broken image, a rare finding."
+    )
+    listed = _listed if facts.get("task") == "regression" else _present
     rows = [
-        (case.get("case_id"), case.get("patient_id"), case.get("loss"), _listed(case.get("label")),
+        (case.get("case_id"), case.get("patient_id"), case.get("loss"), listed(case.get("label")),
          _listed(case.get("predicted")))
         for case in cases
     ]  # fmt: skip
-    loss = facts.get("loss_definition")
-    page.table(("Case", "Patient", "Loss", "Reference", "Predicted"), rows, caption=f"Loss: {loss}." if loss else "")
+    loss, mean = facts.get("loss_definition"), facts.get("loss")
+    caption = "" if loss is None else f"Loss: {loss}." + ("" if mean is None else f" Of all cases: {_number(mean)}.")
+    page.table(("Case", "Patient", "Loss", "Reference", "Predicted"), rows, caption=caption)
+
+
+def _present(label: Any) -> Content:
+    """The classes that a case has, or the one."""
+    if not isinstance(label, Mapping):
+        return _said(label)
+    if all(value is None for value in label.values()):
+        return "unknown"
+    return ", ".join(name for name, value in label.items() if value) or "none"
 
 
 def _listed(values: Any) -> Content:
-    """The greatest few of values by class; references of 0 are left out where there is a 1."""
-    if not isinstance(values, Mapping):
-        return _said(values)
+    """The greatest few of values by class."""
     known = {name: value for name, value in values.items() if value is not None}
-    if set(known.values()) <= {0.0, 1.0}:
-        return ", ".join(name for name, value in known.items() if value) or "none"
-    best = sorted(known.items(), key=lambda entry: -entry[1])[:_LISTED]
+    best = sorted(known.items(), key=lambda entry: (-entry[1], entry[0]))[:_LISTED]
     more = f", and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
     return ", ".join(f"{name} {value:.3g}" for name, value in best) + more
 
@@ -470,9 +509,11 @@ def _listed(values: Any) -> Content:
 
 _LISTED = 4
 _PROVENANCE = (
-    *("threshold", "thresholds", "threshold_source", "calibrated", "group_by", "n_unlabelled", "n_failed", "loss"),
-    *("loss_definition", "model", "data", "device", "started_at", "elapsed_s", "medssl_version"),
+    *("threshold", "thresholds", "threshold_source", "calibrated", "group_by", "n_unlabelled", "n_failed", "model"),
+    *("data", "device", "started_at", "elapsed_s", "medssl_version"),
 )
+_NOT_SHOWN = ("arch",)
+"""The settings of a network would fill a page; its digest names it."""
 
 
 def _add_provenance(page: Page, facts: Mapping[str, Any]) -> None:
@@ -487,7 +528,9 @@ def _named(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Content]
         value = facts.get(name)
         if isinstance(value, Mapping):
             shown |= {
-                f"{_words(name)}: {_words(key)}": _said(inner) for key, inner in value.items() if inner is not None
+                f"{_words(name)}: {_words(key)}": _said(inner)
+                for key, inner in value.items()
+                if inner is not None and key not in _NOT_SHOWN
             }
         elif value is not None and value != []:
             shown[_words(name)] = _said(value)

@@ -151,7 +151,7 @@ def _table(findings: Sequence[Finding], verdict: Verdict, caption: str = "Findin
     has_threshold = any(finding.threshold is not None for finding in verdict.findings)
     has_decision = any(finding.is_positive is not None for finding in verdict.findings)
     heads = [("class", ""), ("probability", ' class="number"'), ("", "")]
-    heads += [("interval", ' class="number"')] * has_interval + [("threshold", ' class="number"')] * has_threshold
+    heads += [("seen nearby", ' class="number"')] * has_interval + [("threshold", ' class="number"')] * has_threshold
     heads += [("decision", "")] * has_decision
     head = "".join(
         f'<th scope="col"{kind}>{escaped(name)}</th>' if name else '<td class="gauge"></td>' for name, kind in heads
@@ -192,7 +192,7 @@ def _gauge(finding: Finding) -> Html:
         low, high = _percent(finding.low), _percent(finding.high)
         parts.append(f'<line class="reach" x1="{low:.2f}%" x2="{high:.2f}%" y1="18" y2="18"/>')
         parts += [f'<line class="reach" x1="{x:.2f}%" x2="{x:.2f}%" y1="15" y2="21"/>' for x in (low, high)]
-        said.append(f"interval {_interval(finding)}")
+        said.append(f"seen nearby {_interval(finding)}")
     if finding.threshold is not None:
         x = _percent(finding.threshold)
         parts.append(f'<line class="limit" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="23"/>')
@@ -271,7 +271,8 @@ def _meaning(verdict: Verdict) -> Html:
     if any(finding.low is not None for finding in verdict.findings) and verdict.interval_definition:
         if not verdict.is_regression:
             parts.append(Html('<span class="key reach"></span>'))
-        parts += [f"Interval: {verdict.interval_definition.rstrip('.')}."]
+        name = "Interval" if verdict.is_regression else "Seen nearby"
+        parts += [f"{name}: {verdict.interval_definition.rstrip('.')}."]
     if any(finding.threshold is not None for finding in verdict.findings) and not verdict.is_regression:
         parts += [
             Html('<span class="key limit"></span>'),
@@ -317,5 +318,5 @@ border-bottom:1px solid var(--line);align-items:center}
 .verdict .decision{grid-area:1/3;min-width:0}
 .verdict:not(.values) td.interval,.verdict:not(.values) td.threshold{grid-row:3;text-align:left;font-size:.8rem}
 .verdict td.interval{grid-column:1}.verdict td.threshold{grid-column:2/4}
-.verdict td.interval::before{content:"interval "}.verdict td.threshold::before{content:"threshold "}}
+.verdict td.interval::before{content:"seen nearby "}.verdict td.threshold::before{content:"threshold "}}
 """.replace("\n", "")

@@ -26,7 +26,7 @@ from medssl_cli.data.sequences import is_diffusion_name, resolve_sequence
 log = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv")
-RESERVED = ("summary.json", "failures.csv")
+RESERVED = ("summary.json", "failures.csv", "predictions.csv")
 MAX_NAME_BYTES = 150
 
 

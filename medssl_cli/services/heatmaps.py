@@ -8,27 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.nn import functional
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import DataError
 from medssl_cli.report.attention import similarity
 from medssl_cli.services.backbone import Backbone, Planes, Tokens
+from medssl_cli.services.head_maps import HeadMethod, head_heat
 
-Method = Literal["rollout", "similarity"]
+if TYPE_CHECKING:
+    from medssl_cli.services.embedding import Embedder
+    from medssl_cli.services.head import Head
+    from medssl_cli.services.infer_head import Judgement
+
+Method = Literal["head", "gradcam", "rollout", "similarity"]
+HEAD_METHODS: tuple[HeadMethod, ...] = ("head", "gradcam")
+"""Methods that follow the gradient of a head."""
 
 DEFINITIONS: dict[str, str] = {
+    "head": "Gradient times patch token (Shrikumar et al. 2017): how much each place raises the output {output} of the "
+    "head for the whole case, to first order; nothing below zero, 1 is the largest value of the case. It shows what "
+    "the head leans on; it is no map of lesions and outlines none.",
+    "gradcam": "Grad-CAM on patch tokens (Selvaraju et al. 2017): channels weighted by the gradient of the output "
+    "{output} of the head for the whole case, averaged over the patches of a slice; nothing below zero, 1 is the "
+    "largest value of the case. It shows what the head leans on; it is no map of lesions and outlines none.",
     "rollout": "Attention rollout (Abnar and Zuidema 2020): how much each place reaches the CLS token through all "
     "blocks; 1 is the average of the slice. It shows where the network looks; it is no map of lesions.",
     "similarity": "Patch similarity: cosine of each place with the reference patch, averaged over sequences. It shows "
     "what looks alike; it is no map of lesions.",
 }
-UNITS: dict[str, str] = {"rollout": "× average", "similarity": "cosine"}
+UNITS: dict[str, str] = {
+    "head": "of maximum",
+    "gradcam": "of maximum",
+    "rollout": "× average",
+    "similarity": "cosine",
+}
+SCALE_DEFINITION = (
+    "heatmap_maximum: what 1 stands for in the map; heatmap_total: sum over all patches of the slices looked at; of "
+    "the method head both are in logits (of a regression in standard deviations of the target)"
+)
 SCORE_QUANTILE = 0.99
 
 
@@ -36,16 +59,23 @@ class InferConfig(Config):
     """How a case is looked at."""
 
     heatmap_method: Method = "rollout"
-    """What the heat map of a bare backbone shows: rollout (attention) or similarity (to the reference patch). A
-    convolutional network has similarity alone."""
+    """What the heat map shows: head (gradient times patch token) and gradcam follow the gradient of a head, rollout the
+    attention, similarity the likeness to the reference patch. Not given: head for a trained head, rollout for a bare
+    ViT, similarity for a bare convolutional network, which has no attention."""
+    heatmap_class: str | None = None
+    """Class of the head whose output the heat map and the ranking of slices follow; not given: `any` or the positive
+    class, or the predicted one of exclusive classes."""
+    mask_threshold: float = Field(default=0.5, gt=0, le=1)
+    """Share of the largest heat of a case from which on a voxel belongs to the region of a DICOM segmentation."""
     max_side: PositiveInt = 518
-    """Longer side in pixels of a slice as the network sees it; larger ones are reduced."""
+    """Longer side in pixels of a slice as a bare backbone sees it; larger ones are reduced. A head brings its own."""
     stride: PositiveInt = 1
-    """Every n-th slice is looked at; those between are interpolated in the heat map."""
+    """Every n-th slice is shown to a bare backbone; those between are interpolated in the heat map. A head brings its
+    own."""
     batch_size: PositiveInt = 4
     """Slices computed together."""
     sim_slice: NonNegativeInt | None = None
-    """Slice of the similarity map, from 0; the middle one if not given."""
+    """Slice of the similarity map, from 0; not given: the top slice of a head, else the middle one."""
     sim_patch: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """Row and column of the patch that all are compared with, from 0; the middle one if not given."""
 
@@ -55,13 +85,15 @@ class Seen:
     """What the network made of the slices of one case.
 
     Args:
-        cls_ND: Embedding of each slice.
+        cls_ND: Embedding of each slice; under a head its slice vector, whatever tokens that is made of.
         indices_N: Their positions.
         heat_Nhw: Heat of each slice, one value a patch; None if not asked for.
         similarity_hw: Similarity map of one slice, one value a patch.
         similarity_index: Position of that slice.
         reference_patch: (row, column) of the patch compared with.
         network_size: (height, width) in pixels of a slice as the network saw it.
+        heat_maximum: The largest raw value of a map that was divided by it; None for the other methods.
+        heat_total: Sum of the raw values over all patches of the slices looked at; None likewise.
     """
 
     cls_ND: np.ndarray
@@ -71,6 +103,8 @@ class Seen:
     similarity_index: int
     reference_patch: tuple[int, int]
     network_size: tuple[int, int]
+    heat_maximum: float | None = None
+    heat_total: float | None = None
 
 
 def look(
@@ -107,18 +141,83 @@ def look(
             reference_SD = tokens.patches_BShwD[0, :, patch[0], patch[1]]
             similarity_hw = _alike(tokens, reference_SD, planes.available_S)[0]
         if heat_Nhw is not None:
-            is_rollout = tokens.rollout_BShw is not None
-            heat_Nhw[places] = (
-                _relative(tokens, planes.available_S)
-                if is_rollout
-                else _alike(tokens, reference_SD, planes.available_S)
-            )
+            heat_Nhw[places] = _token_heat(tokens, reference_SD, planes.available_S)
         done += len(places)
         if progress is not None:
             progress(done, len(indices))
     if heat_Nhw is not None:
         heat_Nhw[~planes.filled_N[indices]] = 0.0  # padding: there is nothing to look at
     return Seen(cls_ND, indices, heat_Nhw, similarity_hw, sim_index, patch, size)
+
+
+def look_with_head(
+    planes: Planes,
+    head: Head,
+    embedder: Embedder,
+    judgement: Judgement,
+    slices_NV: np.ndarray,
+    config: InferConfig,
+    *,
+    heatmap: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Seen:
+    """The similarity map and the heat of slices whose vectors are known, seen with the head's own settings.
+
+    Raises:
+        DataError: ``sim_slice`` or ``sim_patch`` lies outside.
+        ConfigError: No such heat map of this head and network.
+        NonFiniteError: The network or the gradient gave NaN or infinity.
+    """
+    backbone, indices = embedder.backbone, judgement.indices_N
+    top = int(indices[judgement.order[0]])
+    sim_index = top if config.sim_slice is None else _similarity_slice(indices, len(planes), config)
+    images = embedder.network_input(planes, np.array([sim_index]))
+    height, width = images.shape[-2:]
+    patch = _reference_patch((height, width), backbone, config)
+    tokens = backbone.see(images, planes.available_S)
+    reference_SD = tokens.patches_BShwD[0, :, patch[0], patch[1]]
+    similarity_hw = _alike(tokens, reference_SD, planes.available_S)[0]
+    heat_Nhw = maximum = total = None
+    method = config.heatmap_method
+    if heatmap and method in HEAD_METHODS:
+        heat_Nhw = head_heat(
+            head, embedder, planes, slices_NV, indices, output=judgement.output, method=method, progress=progress
+        )
+    elif heatmap:
+        heat_Nhw = _heat_of_tokens(planes, embedder, indices, reference_SD, method, progress)
+    if heat_Nhw is not None:
+        heat_Nhw[~planes.filled_N[indices]] = 0.0
+        if method in HEAD_METHODS:
+            maximum, total = float(heat_Nhw.max()), float(heat_Nhw.sum(dtype=np.float64))
+            heat_Nhw /= maximum or 1.0
+    return Seen(slices_NV, indices, heat_Nhw, similarity_hw, sim_index, patch, (height, width), maximum, total)
+
+
+def _heat_of_tokens(
+    planes: Planes,
+    embedder: Embedder,
+    indices_N: np.ndarray,
+    reference_SD: np.ndarray,
+    method: str,
+    progress: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    """(N, h, w): rollout or similarity of slices as the head sees them."""
+    heat = []
+    for start in range(0, len(indices_N), embedder.config.batch_size):
+        places = indices_N[start : start + embedder.config.batch_size]
+        images = embedder.network_input(planes, places)
+        tokens = embedder.backbone.see(images, planes.available_S, with_rollout=method == "rollout")
+        heat.append(_token_heat(tokens, reference_SD, planes.available_S))
+        if progress is not None:
+            progress(start + len(places), len(indices_N))
+    return np.concatenate(heat)
+
+
+def _token_heat(tokens: Tokens, reference_SD: np.ndarray, available_S: np.ndarray) -> np.ndarray:
+    """(B, h, w): the rollout where it was computed, else the similarity."""
+    if tokens.rollout_BShw is not None:
+        return _relative(tokens, available_S)
+    return _alike(tokens, reference_SD, available_S)
 
 
 def _batches(indices_N: np.ndarray, first: int, size: int) -> Iterator[np.ndarray]:
@@ -178,7 +277,10 @@ def _relative(tokens: Tokens, available_S: np.ndarray) -> np.ndarray:
 
 
 def heat_of_all(seen: Seen, count: int) -> np.ndarray:
-    """(Z, h, w): slices between those looked at are interpolated linearly; beyond the last it is kept."""
+    """(Z, h, w): slices between those looked at are interpolated linearly, beyond the ends the last one is kept.
+
+    Farther from a slice that was looked at than such slices lie apart there is no heat.
+    """
     assert seen.heat_Nhw is not None
     if len(seen.indices_N) == count:
         return seen.heat_Nhw
@@ -186,7 +288,11 @@ def heat_of_all(seen: Seen, count: int) -> np.ndarray:
     low = np.floor(places).astype(int)
     high = np.minimum(low + 1, len(seen.indices_N) - 1)
     share = (places - low).astype(np.float32)[:, None, None]
-    return (1 - share) * seen.heat_Nhw[low] + share * seen.heat_Nhw[high]
+    heat_Zhw = (1 - share) * seen.heat_Nhw[low] + share * seen.heat_Nhw[high]
+    reach = int(np.diff(seen.indices_N).max(initial=0))
+    heat_Zhw[: max(0, seen.indices_N[0] - reach)] = 0.0
+    heat_Zhw[seen.indices_N[-1] + reach + 1 :] = 0.0
+    return np.asarray(heat_Zhw)
 
 
 def on_pixels(heat_Zhw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -212,11 +318,20 @@ def top_slices(
     """
     filled = planes.filled_N
     ranked = [int(z) for z in seen.indices_N if filled[z]] or [int(z) for z in seen.indices_N]
-    scores = {z: float(np.quantile(heat_ZHW[z], SCORE_QUANTILE)) for z in ranked}
+    scores = {z: heat_score(heat_ZHW[z]) for z in ranked}
     best = sorted(ranked, key=lambda z: (-scores[z], z))[:top_k]
-    found = []
-    for rank, z in enumerate(best, start=1):
-        row, column = np.unravel_index(int(heat_ZHW[z].argmax()), heat_ZHW[z].shape)
-        facts = places(z, int(row), int(column))
-        found.append({"rank": rank, "slice_index": z, "score": scores[z], **facts})
-    return found
+    return [
+        {"rank": rank, "slice_index": z, "score": scores[z], **places(z, *hottest(heat_ZHW[z]))}
+        for rank, z in enumerate(best, start=1)
+    ]
+
+
+def heat_score(heat_HW: np.ndarray) -> float:
+    """How hot a slice is: the quantile that its hottest hundredth exceeds."""
+    return float(np.quantile(heat_HW, SCORE_QUANTILE))
+
+
+def hottest(heat_HW: np.ndarray) -> tuple[int, int]:
+    """(row, column) of the hottest pixel."""
+    row, column = np.unravel_index(int(heat_HW.argmax()), heat_HW.shape)
+    return int(row), int(column)

@@ -116,3 +116,87 @@ def test_without_out_each_case_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert default_out((str(tmp_path / "P1"),)) == Path("out/P1")
     assert default_out((str(tmp_path / "case.nii.gz"),)) == Path("out/case")
     assert default_out((str(tmp_path / "a.nii"), str(tmp_path / "b.nii"))) == Path("out")
+
+
+# --- a head ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def head_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head of two labels with random weights on the backbone of ``run``."""
+    import torch
+
+    from medssl_cli.models.feature_heads import build_head
+    from medssl_cli.services.backbone import open_backbone
+    from medssl_cli.services.embedding import Embedder, ExtractConfig
+    from medssl_cli.services.head import save_head
+    from medssl_cli.services.lookup import find_model
+
+    backbone = open_backbone(find_model(run), torch.device("cpu"))
+    embedder = Embedder(backbone, ExtractConfig(stride=6))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build_head("linear", 32, 2)
+    card = {
+        "task": "multilabel", "targets": ["any", "csPCa"], "classes": ["any", "csPCa"], "outputs": 2, "kind": "linear",
+        "hidden_dim": 0, "slice_dim": 32, "input_width": 32, "pool_mode": "mean", "level": "case",
+        "thresholds": [0.01, 0.99], "threshold_rule": "fixed=0.5", "calibration": None, "calibrated": False,
+        "preprocessing": embedder.settings, "model": {"path": str(backbone.found.weights)},
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("heads") / "head"
+    save_head(folder, card, module)
+    return folder
+
+
+def test_decisions_are_printed_and_written(medssl: Medssl, head_run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    case = sorted(path for path in prostate_tree.iterdir() if path.is_dir())[0]
+    words = ("infer", case, "--model", head_run, "--device", "cpu", "--out", tmp_path / "out")
+    answer = medssl(*words, "--heatmap", "--top-k", 2)
+    assert answer.exit_code == 0, answer.stderr
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    assert next(line for line in lines if line[0] == "any")[-3:] == ["threshold", "0.010", "POSITIVE"]
+    assert next(line for line in lines if line[0] == "csPCa")[-1] == "negative"
+    assert "heatmap.nii.gz (head)" in answer.stdout
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["predicted"] == {"any": True, "csPCa": False}
+    assert len(summary["top_slices"]) == 2
+    assert "For research use only" in summary["note"]
+    answer = medssl(*words, "--threshold", 0.999, "--json")
+    told = json.loads(answer.stdout)["cases"][0]
+    assert told["predicted"] == {"any": False, "csPCa": False}
+    assert told["threshold_source"] == "given"
+
+
+def test_a_batch_of_a_head_is_a_table(medssl: Medssl, head_run: Path, prostate_tree: Path, tmp_path: Path) -> None:
+    cases = sorted(path for path in prostate_tree.iterdir() if path.is_dir())[:2]
+    (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
+    words = ("infer", *cases, tmp_path / "bad.nii.gz", "--model", head_run, "--device", "cpu", "--on-error", "skip")
+    answer = medssl(*words, "--out", tmp_path / "out")
+    assert answer.exit_code == 4
+    with (tmp_path / "out/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case_id"] for row in rows] == [case.name for case in cases]
+    assert {"patient_id", "prob_any", "prob_csPCa", "pred_any", "pred_csPCa"} <= set(rows[0])
+    for case, row in zip(cases, rows, strict=True):
+        own = json.loads((tmp_path / "out" / case.name / "summary.json").read_text())
+        assert float(row["prob_any"]) == own["probabilities"]["any"]
+
+
+def test_wrong_words_about_a_head_exit_2(
+    medssl: Medssl, head_run: Path, run: Path, prostate_tree: Path, tmp_path: Path
+) -> None:
+    case = sorted(path for path in prostate_tree.iterdir() if path.is_dir())[0]
+    for model, words in (
+        (head_run, ("--threshold", 1)),
+        (head_run, ("--threshold", 0)),
+        (head_run, ("stride=2",)),
+        (head_run, ("--dicom", "pm")),
+        (head_run, ("--heatmap", "--dicom", "nifti")),
+        (head_run, ("--heatmap", "--dicom", "pm")),
+        (run, ("--threshold", 0.5)),
+        (run, ("--backbone", run)),
+    ):
+        answer = medssl("infer", case, "--model", model, "--out", tmp_path / "out", "--device", "cpu", *words)
+        assert answer.exit_code == 2, (words, answer.stderr)
+        assert "fix:" in answer.stderr
+    assert not (tmp_path / "out").exists()

@@ -52,7 +52,7 @@ def test_bar_interval_and_threshold_stand_where_they_belong() -> None:
     reach = [a for t, a in tags if t == "line" and a["class"] == "reach"]
     assert (reach[0]["x1"], reach[0]["x2"]) == ("60.00%", "81.00%")
     (label,) = [a["aria-label"] for t, a in tags if t == "svg"]
-    assert label == "probability 0.73, interval 0.60 to 0.81, threshold 0.42"
+    assert label == "probability 0.73, seen nearby 0.60 to 0.81, threshold 0.42"
     assert "any 0.73 0.60 to 0.81 0.42 positive" in words(text)
     assert DEFINITION in text
 
