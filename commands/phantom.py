@@ -10,11 +10,19 @@ import typer
 
 
 def run(
-    task: Annotated[str, typer.Argument(help="prostate (case tree of NIfTI) or prostate-dicom (DICOM series).")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="prostate (case tree of NIfTI), prostate-dicom (DICOM series) or head-ct (NIfTI and a series table)."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the phantom; made if missing.")],
-    cases: Annotated[int, typer.Option(help="Number of studies; two of seven are of one patient.")] = 24,
+    cases: Annotated[int, typer.Option(help="Number of studies; some patients have two.")] = 24,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    size: Annotated[str, typer.Option(help="small (96 x 96 x 12 voxels) or full (320 x 320 x 24).")] = "small",
+    size: Annotated[
+        str,
+        typer.Option(help="small (96 x 96 x 12 voxels; head 24) or full (320 x 320 x 24; head 512 x 512 x 32)."),
+    ] = "small",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

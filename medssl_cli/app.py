@@ -16,7 +16,20 @@ from typer.core import TyperGroup
 
 from medssl_cli.core.errors import ConfigError, Interrupted, MedsslError
 
-COMMANDS = ("convert", "split", "check-data", "pretrain", "infer", "phantom", "info", "doctor")
+COMMANDS = (
+    "convert",
+    "split",
+    "check-data",
+    "pretrain",
+    "extract",
+    "train-head",
+    "infer",
+    "eval",
+    "phantom",
+    "download",
+    "info",
+    "doctor",
+)
 """Order of the help page. Each module of ``commands/`` has one function ``run``, or an ``app`` with several."""
 
 EXIT_CODES = """Exit codes: 0 done · 1 internal error · 2 usage or configuration · 3 data rejected · 4 some failed ·
@@ -94,7 +107,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Self-supervised learning on medical images, from DICOM to a pretrained backbone."""
+    """Self-supervised learning on medical images, from DICOM to a number with a confidence interval."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(message)s",

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.extraction import extract
+from benchmarks.head_training import head
+from benchmarks.inference import infer
 from benchmarks.loader import loader
 from benchmarks.measuring import Findings, Mark, Options, Rows
 from benchmarks.pipeline import pretrain
@@ -37,6 +40,9 @@ BENCHMARKS: dict[str, Callable[[Options], Findings]] = {
     "views": views,
     "step": step,
     "pretrain": pretrain,
+    "extract": extract,
+    "infer": infer,
+    "head": head,
 }
 
 

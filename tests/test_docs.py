@@ -70,6 +70,22 @@ def test_every_recipe_loads_and_has_a_headline(name: str) -> None:
     assert dict(list_recipes("pretrain"))[name]
 
 
+@pytest.mark.parametrize("name", [name for name, _ in list_recipes("extract")])
+def test_every_recipe_of_extract_loads_and_has_a_headline(name: str) -> None:
+    from medssl_cli.services.embedding_config import ExtractConfig
+
+    load_config(ExtractConfig, name, recipes="extract")
+    assert dict(list_recipes("extract"))[name]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_recipes("train_head")])
+def test_every_recipe_of_train_head_loads_and_has_a_headline(name: str) -> None:
+    from medssl_cli.services.head_config import HeadConfig
+
+    load_config(HeadConfig, name, recipes="train_head")
+    assert dict(list_recipes("train_head"))[name]
+
+
 def test_the_project_speaks_of_itself_alone() -> None:
     words = re.compile(r"/work/|/opt/(wheels|pypi)|\.library|helper session", re.I)
     for path in ROOT.rglob("*"):

@@ -25,7 +25,7 @@ IMPORT_NAMES = {
     "simpleitk": "SimpleITK",
 }
 BY_PLUGIN = {"python-gdcm": "pydicom decodes JPEG through it", "tensorboard": "torch.utils.tensorboard needs it"}
-OPTIONAL = {"xformers"}
+OPTIONAL = {"xformers", "highdicom"}
 BY_OTHERS = {"rich": "Typer draws help with it"}
 
 

@@ -26,7 +26,7 @@ def readme_block(heading: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_real_run_of_the_readme(tmp_path: Path) -> None:
+def test_w39_the_real_run_of_the_readme(tmp_path: Path) -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MEDSSL_CACHE": str(tmp_path / "cache"),
@@ -40,15 +40,21 @@ def test_the_real_run_of_the_readme(tmp_path: Path) -> None:
         return answer.stdout
 
     lines = readme_block("A real run")
-    assert [line.split()[1] for line in lines] == ["convert", "split", "check-data", "pretrain", "infer"]
-    run("medssl phantom prostate-dicom DICOM --cases 8")
+    assert [line.split()[1] for line in lines] == [
+        *("convert", "split", "check-data", "pretrain", "extract", "train-head", "eval", "infer")
+    ]
+    run("medssl phantom prostate-dicom DICOM --cases 12")
     for line in lines:
         if "check-data" in line:
             line += " --allow-missing"  # the phantom holds one case without ADC on purpose
+        line = line.replace("labels.csv", "DICOM/labels.csv").replace("csPCa", "label")
         run(line.replace("prostate_vits14", SMALL).replace("P0001", "PT-0000"))
     result = tmp_path / "infer" / "PT-0000"
     heat, reference = nib.load(result / "heatmap.nii.gz"), nib.load(tmp_path / "cases/PT-0000/ax_t2wi.nii.gz")
     assert heat.shape == reference.shape
     np.testing.assert_array_equal(heat.affine, reference.affine)
-    assert json.loads((result / "summary.json").read_text())["case_id"] == "PT-0000"
+    summary = json.loads((result / "summary.json").read_text())
+    assert (summary["case_id"], list(summary["probabilities"])) == ("PT-0000", ["label"])
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["n"] == len((tmp_path / "split" / "test.csv").read_text().splitlines()) - 1
     assert "://" not in (result / "report.html").read_text()

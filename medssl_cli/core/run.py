@@ -74,11 +74,11 @@ def _temporary_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def say_disk_errors(path: Path, bytes_needed: int | None = None) -> Iterator[None]:
-    """Turn a full or read-only disk into a ResourceError that names path and bytes."""
+    """Turn a full or read-only disk, or a file where a folder is needed, into a ResourceError that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise
         need = "" if bytes_needed is None else f", {bytes_needed:,} bytes needed"
         raise ResourceError(

@@ -144,10 +144,15 @@ def refuse_absent_volume(path: Path, count: int, volume_index: int | None) -> No
         )
 
 
-def write_volume(path: Path, volume: Volume) -> None:
+def write_volume(path: Path, volume: Volume, *, scaling: tuple[float, float] | None = None) -> None:
     """Write NIfTI-1 whole or not at all; level 1, sform and qform both set.
 
     64-bit integers, which other readers refuse, become int32 or, where a value is too large for it, float64.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``.
+        volume: Voxels as they are stored.
+        scaling: Slope and intercept that a reader applies to them; None leaves the values as they are.
 
     Raises:
         ValueError: A 64-bit integer has no equal in float64; nothing is written.
@@ -163,6 +168,8 @@ def write_volume(path: Path, volume: Volume) -> None:
     image.set_sform(volume.affine, 1)
     image.set_qform(volume.affine, 1)
     image.header.set_xyzt_units("mm", "sec")
+    if scaling is not None:
+        image.header.set_slope_inter(*scaling)  # nibabel then writes the voxels as they are
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = igzip.compress(data, compresslevel=1, mtime=0)

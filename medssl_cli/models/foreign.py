@@ -56,8 +56,12 @@ _CT_WIDTH = _CT_WINDOW[1] - _CT_WINDOW[0]
 ORIGINS: dict[str, Origin] = {
     "dinov2": Origin(),
     "dinov3": Origin(layernorm_eps=1e-5),
-    # normalised in HU with 65.108 and 178.017; here after the window has become 0 to 1
-    "meddinov3": Origin(mean=((65.108 - _CT_WINDOW[0]) / _CT_WIDTH,), std=(178.017 / _CT_WIDTH,), window_hu=_CT_WINDOW),
+    # normalised in HU; here after the window has become 0 to 1
+    "meddinov3": Origin(
+        mean=((65.1084213256836 - _CT_WINDOW[0]) / _CT_WIDTH,),
+        std=(178.01663208007812 / _CT_WIDTH,),
+        window_hu=_CT_WINDOW,
+    ),
     "ibot": Origin(offset=0.1, antialias=False),
     "visionfm": Origin(offset=0.1, antialias=False),
     "retfound": Origin(offset=0.0, antialias=False),

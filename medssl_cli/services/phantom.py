@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.run import (
+    MARKER,
     check_out_folder,
     claim_out_folder,
     locked,
@@ -24,6 +25,8 @@ from medssl_cli.core.run import (
 )
 from medssl_cli.data.images import write_volume
 from medssl_cli.data.phantom_dicom import write_study
+from medssl_cli.data.phantom_head import KINDS
+from medssl_cli.data.phantom_head_ct import LABELS, HeadCtImages, HeadCtSeries, HeadCtStudy, draw_head_ct, plan_head_ct
 from medssl_cli.data.phantoms import SIZES, PhantomCase, PhantomImages, draw_images, plan_cases
 
 LABEL_COLUMNS = (
@@ -37,11 +40,72 @@ LABEL_COLUMNS = (
     "zone",
     "lesion_mm3",
 )
+SERIES_COLUMNS = (
+    "rel_dir",
+    "patient_id",
+    "study_uid",
+    "series_uid",
+    "nifti_path",
+    *(f"label_{name}" for name in LABELS),
+    "mask_path",
+    "vendor",
+    "orientation",
+)
+SLICE_COLUMNS = ("patient_id", "study_uid", "series_uid", "slice_index", *(f"label_{name}" for name in LABELS))
+MASKS = "masks"
+"""Folder of the bleeds of head CT, which no reader of cases enters."""
 MAX_CASES = 60_000
 """Six-sevenths of it are patients, whose number has four digits."""
 
 Progress = Callable[[int, int, str], None]
 """Cases done, cases in all, id of the last one."""
+
+
+Rows = dict[str, list[tuple[object, ...]]]
+"""Rows of each table, by its file name."""
+
+
+class Planned(Protocol):
+    """A study before any voxel is drawn, of whichever phantom."""
+
+    @property
+    def case_id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def patient(self) -> int:
+        """Number of its patient."""
+        ...
+
+    @property
+    def vendor(self) -> str:
+        """Of its scanner."""
+        ...
+
+    @property
+    def label(self) -> int:
+        """1 with a finding, else 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One phantom: who is in it, how a study is written, and what is told of it.
+
+    Args:
+        plan: (number of cases, seed) -> studies.
+        write: (out, study, size, overwrite) -> rows of the tables; what is there already is left alone.
+        tables: Header of each table, by its file name; the first is the one of labels.
+        facts: What the result tells beyond the common facts.
+        lines: The same for people.
+    """
+
+    plan: Callable[[int, int], Sequence[Any]]
+    write: Callable[[Path, Any, str, bool], Rows]
+    tables: Mapping[str, tuple[str, ...]]
+    facts: Callable[[Sequence[Any]], dict[str, Any]]
+    lines: Callable[[Sequence[Any]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -52,19 +116,20 @@ class PhantomResult:
     out: Path
     seed: int
     size: str
-    cases: tuple[PhantomCase, ...]
+    cases: tuple[Planned, ...]
     started: float
 
     def summary(self) -> str:
         """Lines for the terminal."""
+        task = TASKS[self.task]
         positive = sum(case.label for case in self.cases)
-        patients = len({case.patient for case in self.cases})
-        missing = [f"{case.case_id} has no {stem}" for case in self.cases for stem in case.missing]
+        finding = "bleed" if self.task == "head-ct" else "lesion"
+        sizes = f"{len(self.cases)} cases of {len({case.patient for case in self.cases})} patients"
         return "\n".join(
             [
-                f"{self.task}: {len(self.cases)} cases of {patients} patients, {positive} with a lesion, in {self.out}",
-                *(f"meant to be incomplete: {line}" for line in missing),
-                f"labels: {self.out / 'labels.csv'}",
+                f"{self.task}: {sizes}, {positive} with a {finding}, in {self.out}",
+                *task.lines(self.cases),
+                f"labels: {self.out / next(iter(task.tables))}",
             ]
         )
 
@@ -74,6 +139,7 @@ class PhantomResult:
 
     def facts(self) -> dict[str, Any]:
         """What depends on the arguments alone."""
+        task = TASKS[self.task]
         return {
             "task": self.task,
             "seed": self.seed,
@@ -82,8 +148,8 @@ class PhantomResult:
             "n_patients": len({case.patient for case in self.cases}),
             "n_positive": sum(case.label for case in self.cases),
             "vendors": sorted({case.vendor for case in self.cases}),
-            "incomplete": {case.case_id: list(case.missing) for case in self.cases if case.missing},
-            "labels": "labels.csv",
+            **task.facts(self.cases),
+            "labels": next(iter(task.tables)),
         }
 
 
@@ -104,31 +170,32 @@ def make_phantom(
         ResourceError: The disk is full; finished cases are intact.
     """
     started = time.time()
-    write_case = _writer(task)
+    what = _task(task)
     _check_numbers(cases, seed, size)
     command = f"phantom {task} --cases {cases} --seed {seed} --size {size}"
     check_out_folder(out, command, overwrite=overwrite)
-    planned = plan_cases(cases, seed)
+    planned = what.plan(cases, seed)
     with locked(out, "phantom"):
         claim_out_folder(out, command, overwrite=overwrite)
         for leftover in out.glob(".tmp-*"):
             shutil.rmtree(leftover)
-        rows = []
+        rows: Rows = {name: [] for name in what.tables}
         for done, case in enumerate(planned, start=1):
-            images = draw_images(case, size)
             with say_disk_errors(out):
-                write_case(out, case, images, size, overwrite)
-            rows.append(_label_row(case, images))
+                written = what.write(out, case, size, overwrite)
+            for name, more in written.items():
+                rows[name] += more
             if progress is not None:
                 progress(done, cases, case.case_id)
-        write_csv(out / "labels.csv", LABEL_COLUMNS, rows)
+        for name, header in what.tables.items():
+            write_csv(out / name, header, rows[name])
         result = PhantomResult(task, out, seed, size, tuple(planned), started)
         write_json(out / "phantom.json", {**_timeless_header(started), **result.facts()})
         (out / ".lock").unlink()
     return result
 
 
-def _writer(task: str) -> Callable[[Path, PhantomCase, PhantomImages, str, bool], None]:
+def _task(task: str) -> Task:
     if task in TASKS:
         return TASKS[task]
     near = difflib.get_close_matches(task, TASKS, n=1)
@@ -168,6 +235,36 @@ def _timeless_header(started: float) -> Mapping[str, Any]:
     }
 
 
+# --- prostate --------------------------------------------------------------------------------------------------------
+
+
+def _write_prostate(out: Path, case: PhantomCase, size: str, overwrite: bool) -> Rows:
+    """``<case_id>/<stem>.nii.gz`` with the masks beside the images."""
+    images = draw_images(case, size)
+
+    def fill(folder: Path) -> None:
+        for stem, volume in images.volumes.items():
+            write_volume(folder / f"{stem}.nii.gz", volume)
+        _write_masks(folder, images)
+
+    _fill_folder(out, out / case.case_id, fill, overwrite)
+    return {"labels.csv": [_label_row(case, images)]}
+
+
+def _write_prostate_dicom(out: Path, case: PhantomCase, size: str, overwrite: bool) -> Rows:
+    """``<patient_id>/<study_date>/…`` as the vendor exports it, and the masks as NIfTI under ``masks/<case_id>``."""
+    images = draw_images(case, size)
+    _fill_folder(out, out / "masks" / case.case_id, lambda folder: _write_masks(folder, images), overwrite)
+    study = out / case.patient_id / case.study_date
+    _fill_folder(out, study, lambda folder: write_study(folder, case, images, size), overwrite)
+    return {"labels.csv": [_label_row(case, images)]}
+
+
+def _write_masks(folder: Path, images: PhantomImages) -> None:
+    write_volume(folder / "roi_Prostate.nii.gz", images.roi)
+    write_volume(folder / "lesion.nii.gz", images.lesion)
+
+
 def _label_row(case: PhantomCase, images: PhantomImages) -> tuple[object, ...]:
     return (
         case.case_id,
@@ -182,30 +279,57 @@ def _label_row(case: PhantomCase, images: PhantomImages) -> tuple[object, ...]:
     )
 
 
-# --- one case --------------------------------------------------------------------------------------------------------
+def _prostate_facts(cases: Sequence[PhantomCase]) -> dict[str, Any]:
+    return {"incomplete": {case.case_id: list(case.missing) for case in cases if case.missing}}
 
 
-def _write_prostate(out: Path, case: PhantomCase, images: PhantomImages, size: str, overwrite: bool) -> None:
-    """``<case_id>/<stem>.nii.gz`` with the masks beside the images."""
-
-    def fill(folder: Path) -> None:
-        for stem, volume in images.volumes.items():
-            write_volume(folder / f"{stem}.nii.gz", volume)
-        _write_masks(folder, images)
-
-    _fill_folder(out, out / case.case_id, fill, overwrite)
+def _prostate_lines(cases: Sequence[PhantomCase]) -> list[str]:
+    return [f"meant to be incomplete: {case.case_id} has no {stem}" for case in cases for stem in case.missing]
 
 
-def _write_prostate_dicom(out: Path, case: PhantomCase, images: PhantomImages, size: str, overwrite: bool) -> None:
-    """``<patient_id>/<study_date>/…`` as the vendor exports it, and the masks as NIfTI under ``masks/<case_id>``."""
-    _fill_folder(out, out / "masks" / case.case_id, lambda folder: _write_masks(folder, images), overwrite)
-    study = out / case.patient_id / case.study_date
-    _fill_folder(out, study, lambda folder: write_study(folder, case, images, size), overwrite)
+# --- head CT ---------------------------------------------------------------------------------------------------------
 
 
-def _write_masks(folder: Path, images: PhantomImages) -> None:
-    write_volume(folder / "roi_Prostate.nii.gz", images.roi)
-    write_volume(folder / "lesion.nii.gz", images.lesion)
+def _write_head_ct(out: Path, study: HeadCtStudy, size: str, overwrite: bool) -> Rows:
+    """``<study>/<series>/ct.nii.gz`` of each series, and its bleeds under ``masks``."""
+    write_json(out / MASKS / MARKER, {"command": "phantom head-ct", "holds": "masks, no cases"})
+    series_rows: list[tuple[object, ...]] = []
+    slice_rows: list[tuple[object, ...]] = []
+    for series in study.series:
+        images = draw_head_ct(study, series, size)
+        _write_series(out, series, images, overwrite)
+        owner = (study.patient_id, study.study_uid, series.series_uid)
+        mask, path = f"{MASKS}/{series.mask_name}", f"{series.rel_dir}/ct.nii.gz"
+        series_rows.append((series.rel_dir, *owner, path, *images.labels, mask, series.vendor, series.orientation))
+        slice_rows += [(*owner, index, *(int(v) for v in row)) for index, row in enumerate(images.labels_N6)]
+    return {"series.csv": series_rows, "slices.csv": slice_rows}
+
+
+def _write_series(out: Path, series: HeadCtSeries, images: HeadCtImages, overwrite: bool) -> None:
+    mask = out / MASKS / series.mask_name
+    if overwrite or not mask.exists():
+        write_volume(mask, images.mask)
+    scaling = (series.slope, series.inter)
+    folder = out / series.rel_dir
+    _fill_folder(out, folder, lambda f: write_volume(f / "ct.nii.gz", images.stored, scaling=scaling), overwrite)
+
+
+def _head_ct_facts(studies: Sequence[HeadCtStudy]) -> dict[str, Any]:
+    return {
+        "n_series": sum(len(study.series) for study in studies),
+        "n_by_kind": {kind: sum(kind in study.kinds for study in studies) for kind in KINDS},
+        "slice_labels": "slices.csv",
+        "mask_values": {kind: value for value, kind in enumerate(KINDS, start=1)},
+    }
+
+
+def _head_ct_lines(studies: Sequence[HeadCtStudy]) -> list[str]:
+    facts = _head_ct_facts(studies)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in facts["n_by_kind"].items())
+    return [f"{facts['n_series']} series; {kinds}", "labels of single slices: slices.csv; bleeds as masks: masks/"]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _fill_folder(out: Path, final: Path, fill: Callable[[Path], object], overwrite: bool) -> None:
@@ -224,8 +348,17 @@ def _fill_folder(out: Path, final: Path, fill: Callable[[Path], object], overwri
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-TASKS: dict[str, Callable[[Path, PhantomCase, PhantomImages, str, bool], None]] = {
-    "prostate": _write_prostate,
-    "prostate-dicom": _write_prostate_dicom,
+_PROSTATE_TABLES = {"labels.csv": LABEL_COLUMNS}
+
+TASKS: dict[str, Task] = {
+    "prostate": Task(plan_cases, _write_prostate, _PROSTATE_TABLES, _prostate_facts, _prostate_lines),
+    "prostate-dicom": Task(plan_cases, _write_prostate_dicom, _PROSTATE_TABLES, _prostate_facts, _prostate_lines),
+    "head-ct": Task(
+        plan_head_ct,
+        _write_head_ct,
+        {"series.csv": SERIES_COLUMNS, "slices.csv": SLICE_COLUMNS},
+        _head_ct_facts,
+        _head_ct_lines,
+    ),
 }
 """Every phantom that can be made, by its name on the command line."""

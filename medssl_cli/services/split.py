@@ -28,6 +28,7 @@ from medssl_cli.core.wording import counted
 from medssl_cli.data.layouts import LayoutChoice, LayoutName, asked_layout, read_layout_cases
 from medssl_cli.data.manifest import (
     ID_ALIASES,
+    SPLIT_ALIASES,
     Owner,
     Table,
     case_ids,
@@ -72,6 +73,7 @@ class Source:
         level: What the groups are: ``patient_id``, ``study_uid``, ``case``, a column or a pattern.
         header, rows: What is written of each item; rows by item id.
         notes: What a reader should know.
+        split_column: Column that names the part in each list of a table; empty writes none.
     """
 
     items: tuple[Item, ...]
@@ -79,6 +81,22 @@ class Source:
     header: tuple[str, ...]
     rows: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    split_column: str = ""
+
+    @property
+    def written_header(self) -> tuple[str, ...]:
+        """Of a list: a column of parts that the table has is written anew, else it is the last one."""
+        added = self.split_column and self.split_column not in self.header
+        return (*self.header, self.split_column) if added else self.header
+
+    def written_row(self, item_id: str, part: str) -> tuple[str, ...]:
+        """The row of an item in the list of ``part``."""
+        row = self.rows[item_id]
+        if not self.split_column:
+            return row
+        if self.split_column not in self.header:
+            return (*row, part)
+        return tuple(part if name == self.split_column else cell for name, cell in zip(self.header, row, strict=True))
 
 
 @dataclass(frozen=True)
@@ -250,7 +268,8 @@ def _of_table(
         groups, level = [found[name] for name in ids], f"pattern {pattern}"
     strata = _strata_of_table(table, stratify)
     items = tuple(Item(name, g, s) for name, g, s in zip(ids, groups, strata, strict=True))
-    return Source(items, level, table.header, dict(zip(ids, table.rows, strict=True)))
+    rows = dict(zip(ids, table.rows, strict=True))
+    return Source(items, level, table.header, rows, split_column=table.find(SPLIT_ALIASES) or "split")
 
 
 def _of_cases(
@@ -485,20 +504,21 @@ def _write(
     (out / "splits_final.json").unlink(missing_ok=True)
     for name in SPLITS:
         if parts[name]:
-            _write_ids(out / f"{name}.csv", what, parts[name])
+            _write_ids(out / f"{name}.csv", what, name, parts[name])
         else:  # a list without ids would be refused by whoever reads it
             (out / f"{name}.csv").unlink(missing_ok=True)
     for k, pair in enumerate(pairs):
         for name, ids in pair.items():
-            _write_ids(out / f"fold_{k}" / f"{name}.csv", what, ids)
+            _write_ids(out / f"fold_{k}" / f"{name}.csv", what, name, ids)
     if pairs:
         write_text(out / "splits_final.json", json.dumps(list(pairs), indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_ids(path: Path, what: Source, ids: Sequence[str]) -> None:
-    """Rows of a tree sorted by id, rows of a table in the order of the table."""
+def _write_ids(path: Path, what: Source, part: str, ids: Sequence[str]) -> None:
+    """Rows of a tree sorted by id, rows of a table in the order of the table and with the name of the part."""
     wanted = set(ids)
-    write_csv(path, what.header, (what.rows[item.item_id] for item in what.items if item.item_id in wanted))
+    rows = (what.written_row(item.item_id, part) for item in what.items if item.item_id in wanted)
+    write_csv(path, what.written_header, rows)
 
 
 def _facts(out: Path, what: Source, parts: Mapping[str, Sequence[str]]) -> dict[str, Any]:

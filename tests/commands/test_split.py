@@ -91,8 +91,9 @@ def test_table_keeps_its_columns_and_patients(tmp_path: Path, real_data: Path) -
     assert document["prevalence"]["test"]["case_csPCa=YES"] == pytest.approx(0.28, abs=0.01)
     theirs = rows(source)
     ours = [rows(tmp_path / "s" / f"{name}.csv") for name in PARTS]
-    assert all(part[0] == theirs[0] for part in ours)
-    assert sorted(row for part in ours for row in part[1:]) == sorted(theirs[1:])
+    assert all(part[0] == [*theirs[0], "split"] for part in ours)
+    assert sorted(row[:-1] for part in ours for row in part[1:]) == sorted(theirs[1:])
+    assert [{row[-1] for row in part[1:]} for part in ours] == [{name} for name in PARTS]
     patients = [{row[0] for row in part[1:]} for part in ours]
     assert not any(a & b for a, b in itertools.combinations(patients, 2))
     assert document["sha256"]["test"] == split_digest(patients[2])

@@ -184,7 +184,7 @@ def test_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
     assert "no other checkpoint" in caught.value.fix
 
 
-def test_no_pickle_is_ever_read(tmp_path: Path) -> None:
+def test_w44_no_pickle_is_ever_read(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     mark = tmp_path / "executed"
 

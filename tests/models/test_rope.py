@@ -73,7 +73,7 @@ def test_the_table_is_the_formula_with_every_intermediate_rounded(dtype: Any) ->
     assert found.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
 
 
-def test_bf16_differs_measurably_from_fp32_and_from_rounded_periods_alone() -> None:
+def test_m05_bf16_differs_measurably_from_fp32_and_from_rounded_periods_alone() -> None:
     tables = {d: RopeEmbedding(64, dtype=d).table((1, 14, 14), 0, CPU).float() for d in ("fp32", "bf16", "mixed")}
     assert 0.005 < float((tables["bf16"] - tables["fp32"]).abs().max()) < 0.05
     assert 0.001 < float((tables["mixed"] - tables["fp32"]).abs().max()) < 0.02
@@ -91,7 +91,18 @@ def test_coordinates_are_divided_by_their_own_the_larger_or_the_smaller_side() -
         torch.testing.assert_close(table[1, 2, 1], torch.tensor(math.sin(2 * math.pi * x)))
 
 
-def test_prefix_rests_and_every_sequence_has_the_same_positions() -> None:
+def test_m04_rows_come_before_columns() -> None:
+    """Three rows, five columns: the patch below the first turns its first half, the one beside it its second."""
+    cosine = RopeEmbedding(8).table((1, 3, 5), 0, CPU)[0]  # two periods, 1 and 10: angles y, y, x, x, and again
+    periods = np.array([1.0, 10.0])
+    y = 2 * (np.arange(3) + 0.5) / 3 - 1
+    x = 2 * (np.arange(5) + 0.5) / 5 - 1
+    for place, row, column in ((0, 0, 0), (1, 0, 1), (5, 1, 0)):
+        angles = np.concatenate([2 * np.pi * y[row] / periods, 2 * np.pi * x[column] / periods])
+        np.testing.assert_allclose(cosine[place].numpy(), np.cos(np.tile(angles, 2)), atol=1e-6)
+
+
+def test_m03_prefix_rests_and_every_sequence_has_the_same_positions() -> None:
     table = RopeEmbedding(16).table((3, 2, 2), 5, CPU)
     assert table.shape == (2, 5 + 12, 16)
     assert torch.equal(table[:, :5], torch.tensor([1.0, 0.0]).view(2, 1, 1).expand(2, 5, 16))
@@ -316,7 +327,7 @@ def test_rollout_sees_the_rotation() -> None:
 # --- DINOv3's other settings -----------------------------------------------------------------------------------------
 
 
-def test_a_fresh_network_with_masked_key_bias_is_finite_and_its_keys_have_none() -> None:
+def test_m08_a_fresh_network_with_masked_key_bias_is_finite_and_its_keys_have_none() -> None:
     attention = layers.Attention(32, 2, mask_k_bias=True)
     assert attention.qkv.bias_mask.tolist() == [1.0] * 32 + [0.0] * 32 + [1.0] * 32
     x, groups = torch.randn(6, 32), ((1, 6),)
@@ -332,8 +343,21 @@ def test_a_fresh_network_with_masked_key_bias_is_finite_and_its_keys_have_none()
     assert isinstance(layers.Attention(32, 2, qkv_bias=False, mask_k_bias=True).qkv, torch.nn.Linear)
 
 
+def test_m06_the_epsilon_of_the_norms_shows_on_nearly_constant_tokens() -> None:
+    """At a spread of 1e-3 a norm with 1e-5 divides by sqrt(1.1e-5), one with 1e-6 by sqrt(2e-6)."""
+    token = torch.full((1, 8), 5.0, dtype=torch.float64)
+    token[0, ::2] += 1e-3
+    token[0, 1::2] -= 1e-3
+    for name, epsilon in (("meddinov3_vitb16", 1e-6), ("dinov3_vitb16", 1e-5)):
+        with torch.device("meta"):
+            model = build_backbone(StudentConfig(arch=name), 224, None, stochastic_depth=False)
+        for norm in (model.norm, model.blocks[0].norm1, model.blocks[-1].norm2):
+            seen = torch.nn.functional.layer_norm(token, (8,), eps=norm.eps).abs()
+            torch.testing.assert_close(seen, torch.full_like(seen, 1e-3 / math.sqrt(1e-6 + epsilon)))
+
+
 @pytest.mark.parametrize(("arch", "count"), [("meddinov3_vitb16", 85_641_984), ("dinov3_vitb16", 85_669_632)])
-def test_dinov3_counts_are_the_published_ones(arch: str, count: int) -> None:
+def test_m07_dinov3_counts_are_the_published_ones(arch: str, count: int) -> None:
     with torch.device("meta"):
         model = build_backbone(StudentConfig(arch=arch), 224, None, stochastic_depth=False)
     assert sum(p.numel() for p in model.parameters()) == count

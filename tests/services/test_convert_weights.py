@@ -269,10 +269,10 @@ def test_meddinov3_is_recognised_with_its_settings_and_its_ct_window(tmp_path: P
     assert (card["source"], card["modality"]) == ("meddinov3", "ct")
     assert (arch["qkv_bias"], arch["pos_embed_rope_dtype"], arch["layernorm_eps"]) == (False, "bf16", 1e-6)
     assert card["preprocess"]["window_hu"] == [-1000.0, 1000.0]
-    # x HU: (x - 65.108) / 178.017 as upstream, and after the window has become 0 to 1
+    # as upstream in HU, and after the window has become 0 to 1
     for hu in (-1000.0, 40.0, 1000.0):
         unit = (hu + 1000) / 2000
-        assert (unit - card["mean"]) / card["std"] == pytest.approx((hu - 65.108) / 178.017)
+        assert (unit - card["mean"]) / card["std"] == pytest.approx((hu - 65.1084213256836) / 178.01663208007812)
     assert "unexpected 2: dino_head.mlp.0.weight, ibot_head.mlp.0.weight" in result.lines
     with torch.no_grad():
         for block in theirs.layer if hasattr(theirs, "layer") else theirs.model.layer:
@@ -285,6 +285,16 @@ def test_meddinov3_is_recognised_with_its_settings_and_its_ct_window(tmp_path: P
         for block in ours.flat_blocks():
             block.attn._split = split_in_fp32(block.attn)
         same_features(ours, theirs, [(224, 224), (96, 176)])
+
+
+def test_m01_m02_every_tensor_arrives_and_only_the_first_prefix_goes(tmp_path: Path) -> None:
+    state = native(hugging_face("dinov2"))
+    ours, _, _ = convert(tmp_path, {"teacher": {f"backbone.{name}": tensor for name, tensor in state.items()}})
+    kept = ours.state_dict()
+    assert all(torch.equal(kept[name], tensor.reshape(kept[name].shape)) for name, tensor in state.items())
+    inner = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    inner["backbone.x.backbone.y"] = torch.ones(2)
+    assert "x.backbone.y" in refused(tmp_path / "inner", {"teacher": inner}).where
 
 
 def bf16_tables(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -521,7 +531,7 @@ def refused(tmp_path: Path, state: Any, **options: Any) -> CheckpointError:
     return caught.value
 
 
-def test_r08_t13_whatever_would_stay_random_is_refused(tmp_path: Path) -> None:
+def test_r08_t13_m01_whatever_would_stay_random_is_refused(tmp_path: Path) -> None:
     state = native(hugging_face("dinov2"))
     short = {name: tensor for name, tensor in state.items() if name != "blocks.1.norm2.bias"}
     assert "missing 1: blocks.1.norm2.bias" in refused(tmp_path, short).where

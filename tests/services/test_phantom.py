@@ -14,6 +14,8 @@ import pytest
 
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.run import locked
+from medssl_cli.data.images import read_volume
+from medssl_cli.data.manifest import case_ids, read_table_cases
 from medssl_cli.services.phantom import LABEL_COLUMNS, TASKS, make_phantom
 
 
@@ -45,10 +47,18 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("heads") / "out"
+    make_phantom("head-ct", out, cases=4, seed=3)
+    return out
+
+
 @pytest.mark.parametrize("task", list(TASKS))
-def test_same_seed_same_bytes(task: str, tree: Path, dicom: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(task: str, tree: Path, dicom: Path, heads: Path, tmp_path: Path) -> None:
     make_phantom(task, tmp_path / "again", cases=4, seed=3)
-    assert digests(tmp_path / "again") == digests({"prostate": tree, "prostate-dicom": dicom}[task])
+    ours = {"prostate": tree, "prostate-dicom": dicom, "head-ct": heads}[task]
+    assert digests(tmp_path / "again") == digests(ours)
 
 
 def test_other_seed_other_images(tree: Path, tmp_path: Path) -> None:
@@ -115,6 +125,64 @@ def test_result_file_holds_no_clock(tree: Path) -> None:
     assert list(result["incomplete"].values()) == [["ax_adc"]]
 
 
+# --- head CT ---------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_series_table_has_the_columns_of_the_specification(heads: Path) -> None:
+    rows = table(heads / "series.csv")
+    kinds = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+    ids = ["rel_dir", "patient_id", "study_uid", "series_uid", "nifti_path"]
+    assert list(rows[0])[:11] == [*ids, "label_any", *(f"label_{kind}" for kind in kinds)]
+    assert len(rows) == 5  # the fourth study has two series
+    assert len({row["study_uid"] for row in rows}) == 4
+    assert len({row["patient_id"] for row in rows}) == 3
+    for row in rows:
+        assert int(row["label_any"]) == max(int(row[f"label_{kind}"]) for kind in kinds)
+        assert row["nifti_path"] == f"{row['rel_dir']}/ct.nii.gz"
+
+
+def test_head_is_read_as_hounsfield_units_by_nibabel_and_by_us(heads: Path) -> None:
+    for row in table(heads / "series.csv"):
+        image = nib.load(heads / row["nifti_path"])
+        hu = image.get_fdata()
+        assert image.get_data_dtype() == np.int16
+        assert -2000 <= hu.min() <= -990
+        assert 900 < hu.max() < 2000
+        np.testing.assert_array_equal(read_volume(heads / row["nifti_path"]).array.T, hu)
+        assert "".join(nib.aff2axcodes(image.affine)) == row["orientation"]
+        mask = nib.load(heads / row["mask_path"])
+        np.testing.assert_array_equal(mask.affine, image.affine)
+        assert mask.shape == image.shape
+        shown = sorted(set(np.unique(np.asarray(mask.dataobj))) - {0})
+        labels = [row[name] for name in row if name.startswith("label_")][1:]
+        assert shown == [value for value, label in enumerate(labels, start=1) if label == "1"]
+
+
+def test_slice_table_counts_from_the_feet_along_the_superior_axis(heads: Path) -> None:
+    slices = table(heads / "slices.csv")
+    assert list(slices[0])[:4] == ["patient_id", "study_uid", "series_uid", "slice_index"]
+    for row in table(heads / "series.csv"):
+        mine = [line for line in slices if line["series_uid"] == row["series_uid"]]
+        mask = nib.as_closest_canonical(nib.load(heads / row["mask_path"]))  # RAS: the last axis runs upwards
+        shown = np.asarray(mask.dataobj) > 0
+        assert [int(line["slice_index"]) for line in mine] == list(range(shown.shape[2]))
+        positive = [line["label_any"] == "1" for line in mine]
+        assert not any(p and not s for p, s in zip(positive, shown.any((0, 1)), strict=True))
+        assert max(positive) == (row["label_any"] == "1")
+
+
+def test_masks_of_heads_are_no_cases(heads: Path) -> None:
+    cases = read_table_cases(heads / "series.csv", target="label_any")
+    assert len(cases) == 5
+    assert all(case.sequences["image"].path.name == "ct.nii.gz" for case in cases)
+    assert "masks" not in case_ids(heads)
+
+
 class Stop:
     """Progress that is interrupted after the second case."""
 
@@ -123,15 +191,18 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def test_r16_interrupted_phantom_goes_on_and_repeats_nothing(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["prostate", pytest.param("head-ct", marks=pytest.mark.slow)])
+def test_r16_interrupted_phantom_goes_on_and_repeats_nothing(
+    task: str, tree: Path, heads: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        make_phantom("prostate", out, cases=4, seed=3, progress=Stop())
+        make_phantom(task, out, cases=4, seed=3, progress=Stop())
     (out / ".tmp-PT-0001-left").mkdir()
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
     assert finished
-    make_phantom("prostate", out, cases=4, seed=3)
-    assert digests(out) == digests(tree)
+    make_phantom(task, out, cases=4, seed=3)
+    assert digests(out) == digests({"prostate": tree, "head-ct": heads}[task])
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert not list(out.glob(".tmp-*"))
 
@@ -182,7 +253,7 @@ def test_overwrite_spares_the_working_directory(tmp_path: Path, monkeypatch: pyt
 def test_unknown_task_lists_what_exists(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         make_phantom("prostat", tmp_path / "out")
-    assert refused.value.where == "available: prostate, prostate-dicom"
+    assert refused.value.where == "available: prostate, prostate-dicom, head-ct"
     assert "did you mean prostate?" in refused.value.fix
     assert not (tmp_path / "out").exists()
 

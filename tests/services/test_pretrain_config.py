@@ -371,7 +371,9 @@ def test_meddinov3_normalises_to_its_units() -> None:
         assert ((hu + 1000) / 2000 - crops.mean) / crops.std == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["demo", "prostate_vitb14", "visionfm_oct", "glioma_vitb14", "images_small"])
+@pytest.mark.parametrize(
+    "name", ["demo", "prostate_vitb14", "visionfm_oct", "glioma_vitb14", "images_small", "head_ct_small"]
+)
 def test_a_configuration_fed_back_gives_the_same_words(name: str) -> None:
     config = load_config(PretrainConfig, name, recipes="pretrain")
     again = PretrainConfig.model_validate(yaml.safe_load(dump_config(config)))
