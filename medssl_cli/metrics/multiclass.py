@@ -17,8 +17,8 @@ DEFINITIONS: dict[str, str] = {
     "log_loss": "mean negative logarithm of the probability of the true class, 0 is best",
     "brier": "mean over cases of the squared differences of probability and label, summed over classes; 0 is best",
     "ece": f"expected calibration error of the most probable class: {BINS} equal-width bins of its probability, mean "
-    "over cases of the distance between mean probability and share of right cases in their bin; too high with few cases, "
-    "more so in bootstrap draws: its interval may lie above it",
+    "over cases of the distance between mean probability and share of right cases in their bin; too high with few "
+    "cases, more so in bootstrap draws: its interval may lie above it",
     "quadratic_kappa": "Cohen's kappa with quadratic weights of the class numbers; meant for classes that are grades",
 }
 """What each metric over all classes is, in words."""

@@ -283,7 +283,7 @@ def case_page(
     """
     page = Page(f"Case {case_id}", _lead(verdict))
     page.note(RESEARCH_NOTE, "warning")
-    if missing:
+    if missing and verdict is None:  # under a head a flag tells, which knows what the head has seen
         page.note(f"Missing: {', '.join(missing)}. Mask tokens stand in, as in training.", "info")
     add_flags(page, flags)
     if verdict is not None:

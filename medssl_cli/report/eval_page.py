@@ -232,7 +232,12 @@ def _number(value: Any) -> str:
         return "–"
     if isinstance(value, int):
         return f"{value:.0f}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    return f"{_rounded(value):.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _rounded(value: float) -> float:
+    """To three digits, and never -0."""
+    return round(value, 3) + 0.0
 
 
 def _figure(name: str, metric: Mapping[str, Any]) -> Html:
@@ -441,7 +446,7 @@ def _add_comparison(page: Page, comparison: Mapping[str, Any] | None) -> None:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}" if abs(value) < 10 else f"{value:+.4g}"
+    return "–" if value is None else f"{_rounded(value):+.3f}" if abs(value) < 10 else f"{value:+.4g}"
 
 
 def _p(value: float | None) -> str:
@@ -453,7 +458,8 @@ def _add_missing(page: Page, facts: Mapping[str, Any]) -> None:
     if not rows:
         return
     page.heading("When sequences are missing")
-    page.text(facts.get("missing_sequences_definition") or "Sequences that are not named are hidden from the network.")
+    definition = str(facts.get("missing_sequences_definition") or "sequences not named are hidden from the network")
+    page.text(f"{definition[:1].upper()}{definition[1:]}.")
     _forest(page, "shown to the network", [(str(row.get("sequences", "")), row) for row in rows])
 
 

@@ -177,25 +177,38 @@ def found_case(named: Named, wanted: Wanted, sequence: str | None, scratch: Path
 
 def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
     found = _sequences_in(named.path, wanted)
-    if not found and wanted.volumes and not _holds_volumes(named.path):
+    if not found and not _holds_volumes(named.path):
         found = _sequences_in(_converted(named, scratch), wanted)
     if not found:
-        inside = _cases_inside(named.path, wanted)
         raise DataError(
             "The folder holds none of the model's sequences.",
-            where=f"{hide_home(str(named.path))}: looked for {', '.join(wanted.sequences)} as .nii or .nii.gz",
-            fix=f"it holds folders of cases: name {hide_home(str(named.path))}/* to look at all of them"
-            if inside
-            else "name the files by these sequences, or name one NIfTI file and tell what it is with --sequence",
+            where=f"{hide_home(str(named.path))}: looked for {_looked_for(wanted)} as .nii or .nii.gz",
+            fix=_folder_fix(named.path, wanted),
             code="sequences_missing",
         )
     for name, entry in found.items():
         if entry.note:
             log.info("%s: %s: %s", named.name, name, entry.note)
+    _say_slices(named, wanted)
     missing = [name for name in wanted.sequences if name not in found]
     if missing:
         log.warning("%s: %s missing; mask tokens stand in, as in training", named.name, ", ".join(missing))
     return Case(named.name, named.name, found)
+
+
+def _looked_for(wanted: Wanted) -> str:
+    return ", ".join(wanted.sequences) if wanted.volumes else "the only volume"
+
+
+def _folder_fix(folder: Path, wanted: Wanted) -> str:
+    if _cases_inside(folder, wanted):
+        return f"it holds folders of cases: name {hide_home(str(folder))}/* to look at all of them"
+    if wanted.volumes:
+        return "name the files by these sequences, or name one NIfTI file and tell what it is with --sequence"
+    pictures = sorted({path.suffix for path in folder.iterdir() if is_image(path)})
+    if pictures:
+        return f"it holds pictures: name {hide_home(str(folder))}/*{pictures[0]} to look at all of them"
+    return "name the one NIfTI file or picture to look at"
 
 
 @contextmanager
@@ -210,7 +223,13 @@ def _naming_source(named: Named, scratch: Path) -> Iterator[None]:
 
 
 def _sequences_in(folder: Path, wanted: Wanted) -> dict[str, CaseSequence]:
-    return {name: found for name in wanted.sequences if (found := resolve_sequence(folder, name)) is not None}
+    """The model's sequences by their names; a model of pictures takes the only volume, whatever its name."""
+    if wanted.volumes:
+        return {name: found for name in wanted.sequences if (found := resolve_sequence(folder, name)) is not None}
+    volumes = [path for path in folder.iterdir() if volume_stem(path) is not None]
+    if len(volumes) != 1:
+        return {}
+    return {wanted.reference: CaseSequence(wanted.reference, volumes[0])}
 
 
 def _holds_volumes(folder: Path) -> bool:
@@ -272,11 +291,15 @@ def _file_case(named: Named, wanted: Wanted, sequence: str | None) -> Case:
             code="case_unknown" if path.exists() else "file_missing",
         )
     chosen = sequence_of(stem, wanted, sequence)
-    if not wanted.volumes:
-        log.warning("%s: the model learned from pictures; each slice is shown to it as one", named.name)
+    _say_slices(named, wanted)
     beside = resolve_sequence(path.parent, stem) if "dwi" in stem.lower() else None
     index = beside.volume_index if beside is not None and beside.path == path else None
     return Case(named.name, named.name, {chosen: CaseSequence(chosen, path, volume_index=index)})
+
+
+def _say_slices(named: Named, wanted: Wanted) -> None:
+    if not wanted.volumes:
+        log.warning("%s: the model learned from pictures; each slice is shown to it as one", named.name)
 
 
 def sequence_of(stem: str, wanted: Wanted, asked: str | None = None) -> str:

@@ -226,7 +226,7 @@ class CaseResults:
             heat=self.heat,
             stored=(lambda z: planes.stored_SNHW[measured, z]) if is_volume else None,
             value_unit="HU" if windows or self._is_ct(own) else "",
-            window_presets=windows and (*windows, *CT_WINDOWS),
+            window_presets=windows and (*windows, *(preset for preset in CT_WINDOWS if preset not in windows)),
             stored_names=own if windows else (),
         )
 

@@ -153,8 +153,8 @@ def _few(n_groups: int, group_by: str) -> list[str]:
     if n_groups >= LEAST_GROUPS:
         return []
     return [
-        f"Intervals of {n_groups} {group_unit(group_by, n_groups)} are too narrow: the bootstrap cannot draw what it has "
-        "not seen, and an interval without width is no certainty."
+        f"Intervals of {n_groups} {group_unit(group_by, n_groups)} are too narrow: the bootstrap cannot draw what it "
+        "has not seen, and an interval without width is no certainty."
     ]
 
 
@@ -268,9 +268,20 @@ def _lines(facts: Mapping[str, Any], out: Path) -> list[str]:
     width = max(len(name) for name in facts["metrics"])
     for name, metric in facts["metrics"].items():
         lines.append(f"  {name:<{width}}  {_said_metric(name, metric, unit)}")
+    lines += _said_classes(facts, unit)
     if facts["comparison"] is not None:
         lines += [_said_test(name, test) for name, test in facts["comparison"]["tests"].items()]
     return [*lines, f"report: {out / 'report.html'}"]
+
+
+def _said_classes(facts: Mapping[str, Any], unit: str) -> list[str]:
+    """The leading metric of each class or target, where there are several; the report holds all of them."""
+    name = "r2" if facts["task"] == "regression" else "auroc"
+    told = {kind: metrics[name] for kind, metrics in facts["per_class"].items() if name in metrics}
+    if len(told) < 2:
+        return []
+    width = max(map(len, told))
+    return [f"  {name} of {kind:<{width}}  {_said_metric(name, metric, unit)}" for kind, metric in told.items()]
 
 
 def _said_metric(name: str, metric: Mapping[str, Any], unit: str) -> str:
@@ -286,7 +297,7 @@ def _said_metric(name: str, metric: Mapping[str, Any], unit: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 10 else f"{value:.4g}"  # + 0.0: never -0.000
 
 
 def _said_thresholds(facts: Mapping[str, Any]) -> str:
@@ -298,7 +309,7 @@ def _said_thresholds(facts: Mapping[str, Any]) -> str:
 
 
 def _said_test(name: str, test: Mapping[str, Any]) -> str:
-    difference = "-" if test["difference"] is None else f"{test['difference']:+.3f}"
+    difference = "-" if test["difference"] is None else f"{round(test['difference'], 3) + 0.0:+.3f}"
     p = "-" if test["p"] is None else f"{test['p']:.3g}"
     return f"  compared, {name}: {difference}, p = {p} ({test['method']})"
 

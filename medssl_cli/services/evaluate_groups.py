@@ -23,8 +23,8 @@ MOST_VALUES = 8
 """A column with more different numbers is cut into thirds."""
 UNKNOWN = "unknown"
 NOTE = (
-    "Groups are looked at one after another, so that some differ by chance alone: with 20 groups one interval in 95 % "
-    "is expected to miss. Differences here are hints for a study of their own, not findings."
+    "Groups are looked at one after another, so that some differ by chance alone: with 20 groups one of their 95 % "
+    "intervals is expected to miss. Differences here are hints for a study of their own, not findings."
 )
 
 

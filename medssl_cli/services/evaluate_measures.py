@@ -14,9 +14,8 @@ from medssl_cli.metrics.binary import LEAST_PROBABILITY, log_losses
 from medssl_cli.metrics.comparison import delong_interval
 from medssl_cli.metrics.evaluation import Evaluation, evaluate_classification, evaluate_regression
 from medssl_cli.metrics.intervals import DEFINITION as INTERVAL
-from medssl_cli.services.predictions import PredictionTable
+from medssl_cli.services.predictions import PredictionTable, any_place
 
-ANY = "any"
 LOSS_DEFINITIONS = {
     "binary": "negative log-likelihood of the label, natural logarithm, mean over cases; probabilities at least "
     f"{LEAST_PROBABILITY:g}",
@@ -157,9 +156,10 @@ def _any_class(table: PredictionTable) -> dict[str, Any] | None:
     """Decisions on whether a case has anything at all; None where classes exclude one another or there is one only."""
     if table.task != "multilabel":
         return None
-    if ANY in table.classes:
-        label_N, called_N = truth_and_decision(table, table.classes.index(ANY))
-        definition = "of the class any"
+    place = any_place(table.classes)
+    if place is not None:
+        label_N, called_N = truth_and_decision(table, place)
+        definition = f"of the class {table.classes[place]}"
     else:
         labels = _labels(table)
         label_N = np.where(np.isnan(labels).any(1), math.nan, 0.0)  # an unknown label may be the positive one

@@ -294,6 +294,7 @@ def _computed(request: EvaluateRequest, config: EvaluateConfig, data: Path, prog
         split_csv=request.split_csv,
         splits=request.splits,
         sequence=request.sequence,
+        labels=request.labels,
         on_error=request.on_error,
     )
     asked = request.split or DEFAULT_SPLIT

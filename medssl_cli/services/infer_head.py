@@ -15,9 +15,8 @@ from medssl_cli.core.errors import ConfigError
 from medssl_cli.metrics.calibration import nearby_frequency
 from medssl_cli.report.verdict import Finding, Verdict
 from medssl_cli.services.head import Head, novelty_vector
+from medssl_cli.services.predictions import any_place
 
-ANY = "any"
-"""Name of the label that is positive whenever one of the others is (RSNA 2019)."""
 DEFAULT_THRESHOLD = 0.5
 INTERVAL_SHARE, INTERVAL_LEAST = 0.1, 10
 INTERVAL_DEFINITION = (
@@ -185,8 +184,8 @@ def _ranking_output(head: Head, values_C: np.ndarray, by: str | None) -> int:
         return check_class(head, by)
     if head.task in ("binary", "regression"):
         return 0
-    lower = [str(name).lower() for name in head.classes]
-    return lower.index(ANY) if head.task == "multilabel" and ANY in lower else int(values_C.argmax())
+    place = any_place(head.classes) if head.task == "multilabel" else None
+    return int(values_C.argmax()) if place is None else place
 
 
 def _case_vector(head: Head, slices_NV: np.ndarray, attention_N: np.ndarray | None) -> np.ndarray:
@@ -262,7 +261,7 @@ def null_reasons(judgement: Judgement) -> dict[str, str]:
 def ranked_slices(judgement: Judgement) -> list[dict[str, Any]]:
     """The slices with the highest score of one output, best first: the beginning of ``top_slices``."""
     entries = []
-    name = str(judgement.head.classes[judgement.output])
+    is_any = any_place(judgement.head.classes) == judgement.output
     for rank, place in enumerate(judgement.order, start=1):
         score = float(judgement.slice_values_NC[place, judgement.output])
         entry: dict[str, Any] = {
@@ -271,7 +270,7 @@ def ranked_slices(judgement: Judgement) -> list[dict[str, Any]]:
             "slice_index": int(judgement.indices_N[place]),
             "score": score,
         }
-        if name.lower() == ANY:
+        if is_any:
             entry["p_any"] = score
         if judgement.attention_N is not None:
             entry["attention"] = float(judgement.attention_N[place])
@@ -327,9 +326,9 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
     width = max(map(len, values))
     lines = []
     for name, value in values.items():
-        words = [f"  {name:<{width}}  {value:.3f}" if "probabilities" in summary else f"  {name:<{width}}  {value:.4g}"]
+        words = [f"  {name:<{width}}  {_probability(value) if 'probabilities' in summary else f'{value:.4g}'}"]
         if summary["thresholds"] is not None:
-            words.append(f"threshold {summary['thresholds'][name]:.3f}")
+            words.append(f"threshold {_apart(summary['thresholds'][name], value)}")
             words.append("POSITIVE" if summary["predicted"][name] else "negative")
         elif summary["predicted"] == name:
             words.append("PREDICTED")
@@ -338,3 +337,16 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
             words.append(f"(present in {near['positives']} of {near['n']} validation cases near it)")
         lines.append("  ".join(words))
     return lines
+
+
+def _probability(value: float) -> str:
+    """Three digits; what is not quite 0 or 1 does not look so."""
+    return "<0.001" if 0 < value < 0.0005 else ">0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
+
+
+def _apart(threshold: float, value: float) -> str:
+    """The threshold with as many digits as tell it from the probability."""
+    if threshold == value:
+        return f"{threshold:.3f}"
+    digits = next((n for n in range(3, 12) if f"{threshold:.{n}f}" != f"{value:.{n}f}"), 12)
+    return f"{threshold:.{digits}f}"

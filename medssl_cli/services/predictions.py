@@ -44,6 +44,8 @@ SCORE_ALIASES = ("probability", "prob", "score", "p")
 """Columns that hold the one probability of a table without ``prob_<class>``."""
 LABEL_ALIASES = ("label", "reference", "target", "class", "y")
 """Columns that hold the one label of a case."""
+ANY = ("any", "label_any")
+"""Names of the label that means: any of the others (RSNA 2019)."""
 _UNKNOWN = ("", "nan", "na", "n/a", "none", "null")
 _SUM_TOLERANCE = 0.01  # of the probabilities of exclusive classes: tables are often rounded to two digits
 _YES, _NO = ("1", "true", "yes", "positive"), ("0", "false", "no", "negative")
@@ -146,6 +148,12 @@ def decisions(
         return values_NC.argmax(1).astype(np.int64)[:, None] if len(values_NC) else np.zeros((0, 1), np.int64)
     limits = np.full(values_NC.shape[1], 0.5) if thresholds is None else np.asarray(thresholds, dtype=np.float64)
     return (values_NC >= limits).astype(np.int64)
+
+
+def any_place(classes: Sequence[str]) -> int | None:
+    """Which of several labels means: any of the others; None if there is none."""
+    lower = [str(name).lower() for name in classes]
+    return next((lower.index(name) for name in ANY if name in lower), None)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ INTENSITY_FLOOR = 0.05
 """At least this share of the largest training value, where the training range is narrow."""
 WEAK_TOTAL = 0.1
 """Logits that a map of the head has to add up to; below, its places together change a probability of 0.5 by 0.025."""
-PERCENTILES = ("p01", "p50", "p99")
+PERCENTILES = {"p01": "1st", "p50": "50th", "p99": "99th"}
 AXES = ("z", "y", "x")
 
 Range = tuple[float, float]
@@ -130,10 +130,10 @@ def _missing_flags(missing: Sequence[str], card: Mapping[str, Any]) -> Iterator[
     seen_missing = set(card.get("missing_in_training") or ())
     for name in missing:
         if name in seen_missing:
-            text = f"{name} is missing; mask tokens stand in. Some training cases of the head lacked it too."
+            text = "Mask tokens stand in. Some training cases of the head lacked it too."
             yield QualityFlag("info", f"{name} is missing", text, "sequence_missing")
         else:
-            text = f"{name} is missing; mask tokens stand in. Every training case of the head had it."
+            text = "Mask tokens stand in. Every training case of the head had it."
             yield QualityFlag("warning", f"{name} is missing", text, "sequence_missing_new")
 
 
@@ -173,7 +173,7 @@ def _intensity_flags(
         for label, value in zip(PERCENTILES, values, strict=True):
             known = range_of(ranges, f"{name}_{label}")
             if known and not _within(value, known):
-                odd.append(f"{int(label[1:])}th percentile {value:.4g}, in training {_between(known)}")
+                odd.append(f"{PERCENTILES[label]} percentile {value:.4g}, in training {_between(known)}")
         if odd:
             yield QualityFlag("warning", f"Unusual intensities of {name}", "; ".join(odd) + ".", "intensity_outside")
 

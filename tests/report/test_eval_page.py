@@ -172,3 +172,17 @@ def test_r15_opens_in_a_browser_without_complaint(
     document, console = in_chromium(tmp_path / "report.html")
     assert console == []
     assert "Cases farthest off" in document
+
+
+def test_a_reference_of_zero_is_a_value_of_a_regression_and_a_certain_prediction_a_number() -> None:
+    case = {"case_id": "a", "patient_id": "a", "loss": 1.0, "label": {"grade": 0.0}, "predicted": {"grade": 1.0}}
+    page = words(eval_page({"task": "regression", "worst_cases": [case]}, {}).render())
+    assert "grade 0 grade 1" in page
+    page = words(eval_page({"task": "binary", "worst_cases": [case]}, {}).render())
+    assert "none grade 1" in page
+
+
+def test_settings_of_the_network_do_not_fill_the_page() -> None:
+    text = eval_page({"model": {"head": "h", "arch": {"depth": 12}}}, {}).render()
+    assert "model: head" in text
+    assert "depth" not in text

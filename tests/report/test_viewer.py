@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medssl_cli.report import grey_values
 from medssl_cli.report.case_page import (
     CasePictures,
     Finding,
@@ -437,3 +438,11 @@ def test_a_page_of_many_noisy_slices_stays_small() -> None:
     text = head_page(count=70, noise=12).render()
     assert 'data-values="' in text
     assert len(text) < 15_000_000
+
+
+def test_values_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "too large" not in head_page().render()
+    monkeypatch.setattr(grey_values, "BUDGET", 10)
+    text = head_page().render()
+    assert "The measured values would make this page too large" in text
+    assert 'id="brightness"' in text

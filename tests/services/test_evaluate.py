@@ -163,6 +163,15 @@ def test_w30_a_class_that_is_absent_is_left_out_of_the_mean_and_named(tmp_path: 
     assert facts["any_class_metrics"]["sensitivity"] == pytest.approx(sk.recall_score(present, called))
 
 
+def test_each_class_is_told_on_the_terminal(tmp_path: Path) -> None:
+    """Class a is told apart, class b as well as a coin would: both lines carry their own area."""
+    predictions = write(tmp_path / "p.csv", "id,prob_a,prob_b", [(i, i / 8, 0.5) for i in range(8)])
+    reference = write(tmp_path / "r.csv", "id,a,b", [(i, int(i > 3), i % 2) for i in range(8)])
+    lines = evaluate(EvaluateRequest(tmp_path / "out", predictions=predictions, reference=reference, draws=5)).lines
+    told = {line.split()[2]: float(line.split()[3]) for line in lines if line.startswith("  auroc of ")}
+    assert told == {"a": 1.0, "b": 0.5}
+
+
 def test_m22_ties_are_half_and_one_class_is_null_and_listed(tmp_path: Path) -> None:
     assert value(files(tmp_path, [0.4] * 6, [0, 1, 0, 1, 0, 1], name="ties"), "auroc") == 0.5
     facts = files(tmp_path, [0.1, 0.6, 0.3], [0, 0, 0], name="one")
@@ -688,3 +697,65 @@ def test_r16_a_killed_evaluation_leaves_the_old_results_and_runs_again_to_the_sa
     cut, whole = strict(out / "metrics.json"), strict(tmp_path / "whole" / "metrics.json")
     assert {key for key in cut if cut[key] != whole[key]} <= {"started_at", "elapsed_s", "provenance"}
     assert not list(out.glob(".tmp-*"))
+
+
+# --- what a reader is told -------------------------------------------------------------------------------------------
+
+
+def test_few_patients_and_unknown_ones_are_told(tmp_path: Path) -> None:
+    p, y = cohort(8)
+    facts = files(tmp_path, p, y, whole=True)
+    unknown, few = facts["notes"]
+    assert facts["group_by"] == "case_id"
+    assert "each case counts as a patient of its own" in unknown
+    assert "Intervals of 8 cases are too narrow" in few
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Binary, 8 cases." in page
+    assert "Intervals of 8 cases are too narrow" in page
+    rows = [(f"c{i}", f"P{i}", label) for i, label in enumerate(cohort(40)[1])]
+    reference = write(tmp_path / "r.csv", "case_id,patient_id,label", rows)
+    predictions = write(tmp_path / "p.csv", "case_id,score", [(f"c{i}", s) for i, s in enumerate(cohort(40)[0])])
+    result = evaluate(EvaluateRequest(tmp_path / "known", predictions=predictions, reference=reference, draws=20))
+    assert result.lines[0].startswith("binary (score): 40 cases, 40 patients; ")
+    assert strict(tmp_path / "known" / "metrics.json")["notes"] == []
+
+
+def test_a_table_of_groups_without_a_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="One option") as caught:
+        files(tmp_path, [0.9, 0.1], [1, 0], subgroups=tmp_path / "groups.csv")
+    assert "--subgroups: without effect; name a column of it with --subgroup COL" in caught.value.where
+
+
+def test_targets_in_other_units_weigh_alike_in_the_loss(tmp_path: Path) -> None:
+    """Off by one spread in each target: (1 + 1) / 2; in the square of the units one target would drown the other."""
+    truth = np.array([[1000.0, 1.0], [3000.0, 3.0]])
+    predicted = truth + np.array([[1000.0, -1.0], [0.0, 0.0]])
+    header = "case_id,{0}_volume,{0}_grade"
+    rows = [("a", *predicted[0]), ("b", *predicted[1])]
+    predictions = write(tmp_path / "p.csv", header.format("value"), rows)
+    reference = write(tmp_path / "r.csv", header.format("label"), [("a", *truth[0]), ("b", *truth[1])])
+    facts = numbers(EvaluateRequest(tmp_path / "out", predictions=predictions, reference=reference, draws=5))
+    assert [case["loss"] for case in facts["worst_cases"]] == pytest.approx([1.0, 0.0])
+    assert "variance of its references" in facts["loss_definition"]
+
+
+def test_the_label_any_of_a_series_table_decides_whether_there_is_anything(tmp_path: Path) -> None:
+    header = "case_id,{0}label_any,{0}label_subdural"
+    predictions = write(tmp_path / "p.csv", header.format("prob_"), [("a", 0.9, 0.1), ("b", 0.2, 0.8)])
+    reference = write(tmp_path / "r.csv", header.format(""), [("a", 1, 0), ("b", 0, 0)])
+    request = EvaluateRequest(
+        tmp_path / "out", predictions=predictions, reference=reference, task="multilabel", draws=5
+    )
+    found = numbers(request)["any_class_metrics"]
+    assert found["definition"] == "of the class label_any"
+    assert (found["tp"], found["fp"], found["tn"]) == (1, 0, 1)
+
+
+def test_delong_stands_on_the_page_and_provenance_comes_last(tmp_path: Path) -> None:
+    p, y = cohort()
+    facts = files(tmp_path, p, y, whole=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "DeLong et al. 1988" in page
+    assert f"score {facts['delong']['score']['auc']:.3f} ({facts['delong']['score']['ci_low']:.3f} to" in page
+    assert page.index("Cases farthest off</h2>") < page.index("Provenance</h2>")
+    assert page.count("Cases farthest off</h2>") == 1

@@ -771,3 +771,35 @@ def test_infer_needs_no_converter(tmp_path: Path, run_t2: Path) -> None:
         check=True,
     )
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_model_of_pictures_takes_a_folder_with_one_volume_and_a_dicom_series(
+    tmp_path: Path, run_pictures: Path, write_dicom: Callable[..., Any]
+) -> None:
+    save(tmp_path / "P1/ct.nii.gz", noise())
+    (summary,) = run_infer(tmp_path / "a", run_pictures, tmp_path / "P1")
+    (alone,) = run_infer(tmp_path / "b", run_pictures, tmp_path / "P1/ct.nii.gz")
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "a/slice_embeddings.npy"), np.load(tmp_path / "b/slice_embeddings.npy")
+    )
+    assert summary["num_slices"] == alone["num_slices"]
+    write_dicom(
+        tmp_path / "study/s5", size=(32, 40), Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2",
+        SeriesDescription="head", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"],
+    )  # fmt: skip
+    (summary,) = run_infer(tmp_path / "c", run_pictures, tmp_path / "study")
+    assert summary["inputs"] == {"image": f"{tmp_path / 'study'} (DICOM)"}
+    save(tmp_path / "P1/mask.nii.gz", noise())
+    with pytest.raises(DataError) as caught:
+        run_infer(tmp_path / "d", run_pictures, tmp_path / "P1")
+    assert "looked for the only volume" in caught.value.where
+    write_image(tmp_path / "eyes/one.png", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(DataError) as caught:
+        run_infer(tmp_path / "d", run_pictures, tmp_path / "eyes")
+    assert f"name {tmp_path / 'eyes'}/*.png" in caught.value.fix
+
+
+def test_one_picture_is_no_slice(tmp_path: Path, run_pictures: Path) -> None:
+    write_image(tmp_path / "eye.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    request = InferRequest((str(tmp_path / "eye.png"),), model=run_pictures, out=tmp_path / "out", device="cpu")
+    assert infer(request).lines[0].startswith("eye: one picture, ")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from medssl_cli.services.embedding import ExtractConfig
 from medssl_cli.services.extract import ExtractRequest, extract
 from medssl_cli.services.head import load_head
 from medssl_cli.services.infer import InferRequest, infer
+from medssl_cli.services.infer_head import lines_of
 from medssl_cli.services.predictions import read_predictions
 
 WriteRun = Callable[..., Path]
@@ -558,3 +560,22 @@ def test_weights_of_an_attention_head_are_written(run: Path, case: Path, tmp_pat
         assert entry["attention"] == pytest.approx(weights[entry["slice_pos"]])
     slices = np.load(tmp_path / "out/slice_embeddings.npy")
     np.testing.assert_allclose(np.load(tmp_path / "out/volume_embedding.npy"), weights @ slices, atol=1e-5)
+
+
+def test_m25_a_threshold_is_told_apart_from_the_probability() -> None:
+    summary = {
+        "probabilities": {"a": 0.71751, "b": 0.5, "c": 0.0001},
+        "thresholds": {"a": 0.71849, "b": 0.5, "c": 0.2},
+        "predicted": {"a": False, "b": True, "c": False},
+    }
+    a, b, c = lines_of(summary)
+    assert "0.718  threshold 0.7185  negative" in a
+    assert "0.500  threshold 0.500  POSITIVE" in b
+    assert "<0.001  threshold 0.200  negative" in c
+
+
+def test_the_label_any_of_a_series_table_ranks_the_slices(run: Path, case: Path, tmp_path: Path) -> None:
+    head = write_head(tmp_path / "head", run, task="multilabel", classes=("label_epidural", "label_any"))
+    summary = run_infer(tmp_path / "out", head, case)[0]
+    assert summary["top_slices_class"] == "label_any"
+    assert summary["top_slices"][0]["p_any"] == summary["top_slices"][0]["score"]

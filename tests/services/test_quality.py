@@ -83,6 +83,7 @@ def test_intensities_beyond_their_tolerance() -> None:
     assert "99th percentile 1601, in training 1000 to 1400" in flag.text
     (flag,) = flags_of(facts(intensity=(0, 500, 3000)))  # 12 bits from 0: no HU
     assert flag.text.count("percentile") == 3
+    assert flag.text.startswith("1st percentile 0, ")
 
 
 def test_an_embedding_outside_the_training_set() -> None:
