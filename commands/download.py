@@ -32,6 +32,7 @@ def run(
     from medssl_cli.services import download as service
 
     if show:
+        _refuse_needless("--list", name, url, sha256, check_size, force, out, timeout)
         result = service.list_published()
         typer.echo(result.to_json() if json else result.summary())
         return
@@ -46,9 +47,23 @@ def run(
 
     request = service.DownloadRequest(name, url, sha256, out, force, timeout)
     if check_size:
+        _refuse_needless("--check-size", sha256, force)
         result = service.check_size(request)
     else:
         result = service.download(request, progress=tell if sys.stderr.isatty() else None)
     typer.echo(result.to_json() if json else result.summary())
     if result.error is not None:
         raise result.error
+
+
+def _refuse_needless(mode: str, *given: object) -> None:
+    """Refuse what has no effect beside an option that only tells something."""
+    from medssl_cli.core.errors import ConfigError
+
+    if any(value not in (None, False, "") for value in given):
+        raise ConfigError(
+            f"{mode} only tells something: some of the other options have no effect on it.",
+            where=f"medssl download {mode}",
+            fix=f"leave them out, or {mode}",
+            code="flags_without_effect",
+        )

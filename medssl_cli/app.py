@@ -114,7 +114,17 @@ def root(
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("matplotlib", "PIL", "nibabel", "pydicom", "dicom2nifti", "numexpr", "xformers", "urllib3"):
+    for noisy in (
+        "matplotlib",
+        "PIL",
+        "nibabel",
+        "pydicom",
+        "dicom2nifti",
+        "numexpr",
+        "xformers",
+        "urllib3",
+        "highdicom",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

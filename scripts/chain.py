@@ -94,6 +94,19 @@ def _cell(metric: dict[str, Any]) -> str:
     return f"{metric['value']:.3f} ({metric['ci_low']:.3f}–{metric['ci_high']:.3f})"
 
 
+def differences(way: str, comparison: dict[str, Any]) -> list[str]:
+    """One line a test: how far a way lies from the backbone."""
+    lines = [f"{way} minus backbone, {comparison['n']} cases of {comparison['n_groups']} patients:"]
+    for name, test in comparison["tests"].items():
+        if test["difference"] is None:
+            lines.append(f"  {name}: undefined")
+            continue
+        interval = "" if test["ci_low"] is None else f" ({test['ci_low']:+.3f} to {test['ci_high']:+.3f})"
+        p = "undefined" if test["p"] is None else f"{test['p']:.3f}"
+        lines.append(f"  {name}: {test['difference']:+.3f}{interval}, p {p}, {test['method']}")
+    return lines
+
+
 def run(given: argparse.Namespace) -> int:
     """All ways, one after the other."""
     found = find_model(given.model)
@@ -120,23 +133,23 @@ def run(given: argparse.Namespace) -> int:
     print(table(results, given.metrics))
     for way, result in results.items():
         if way != "backbone" and result.get("comparison"):
-            print(f"{way} against the backbone: {json.dumps(result['comparison'])[:600]}")
+            print("\n".join(differences(way, result["comparison"])))
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the words, run, and give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("root", type=Path)
+    parser.add_argument("root", type=Path, help="case tree, image tree or series table with labels")
     parser.add_argument("--model", type=Path, required=True, help="run folder or weight file")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
     parser.add_argument("--task", required=True, choices=("binary", "multiclass", "multilabel", "regression"))
-    parser.add_argument("--labels", type=Path)
-    parser.add_argument("--target")
+    parser.add_argument("--labels", type=Path, help="CSV, with --target")
+    parser.add_argument("--target", help="columns of the labels, with commas between")
     parser.add_argument("--splits", type=Path, help="folder of `medssl split`")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="part that is evaluated")
     parser.add_argument("--side", type=int, default=32, help="of the plain pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random start")
     parser.add_argument("--extract", nargs="*", default=[], help="KEY=VALUE of extract")
     parser.add_argument("--head", nargs="*", default=[], help="KEY=VALUE of train-head")
     wanted = ["auroc", "macro_auroc", "average_precision", "balanced_accuracy", "mcc", "sensitivity", "specificity",

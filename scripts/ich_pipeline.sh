@@ -30,6 +30,7 @@ fi
 python="$(dirname "$(command -v medssl)")/python"
 labels="label_any,label_epidural,label_intraparenchymal,label_intraventricular,label_subarachnoid,label_subdural"
 
+# lists that may be empty are written ${list[@]+"${list[@]}"} below: to bash before 4.4 they are unset
 ratios=(0.7 0.15 0.15) seed=42 pool=mean on_error=stop again=() of_extract=() of_head=()
 for pair in "$@"; do
   case "$pair" in
@@ -38,6 +39,7 @@ for pair in "$@"; do
     extract.pool=*) pool="${pair#*=}" ;;
     extract.on_error=*) on_error="${pair#*=}" ;;
     overwrite=true) again=(--overwrite) ;;
+    split.*) printf 'error: %s is no key of the split: split.ratios and split.seed are.\n' "$pair" >&2 && exit 2 ;;
     extract.*=*) of_extract+=("${pair#extract.}") ;;
     *=*) of_head+=("$pair") ;;
     *) printf 'error: %s is no KEY=VALUE.\n' "$pair" >&2 && exit 2 ;;
@@ -56,12 +58,18 @@ run() { # some series failed and are listed (4): the rest is worth going on with
   if [ "$code" -eq 4 ]; then partial=4; elif [ "$code" -ne 0 ]; then exit "$code"; fi
 }
 
-"$python" "$here/pipeline_summary.py" check "$series"
-run split "$series" --out "$out/splits" --ratios "${ratios[@]}" --seed "$seed" --stratify "$labels" "${again[@]}"
+if [ -d "$out/features" ] && [ ! -L "$out/features" ]; then
+  printf 'error: A folder is in the way.\n  where: %s\n  fix:   move it away, or choose another OUT.\n' "$out/features" >&2
+  exit 2
+fi
+
+"$python" "$here/pipeline_summary.py" check "$series" ${of_head[@]+"${of_head[@]}"}
+run split "$series" --out "$out/splits" --ratios "${ratios[@]}" --seed "$seed" --stratify "$labels" ${again[@]+"${again[@]}"}
 run extract "$series" --config ich --model "$model" --out "$out/extract" --splits "$out/splits" --labels "$series" \
-  --target "$labels" --pool "$pool" --on-error "$on_error" "${again[@]}" "${of_extract[@]}"
+  --target "$labels" --pool "$pool" --on-error "$on_error" ${again[@]+"${again[@]}"} ${of_extract[@]+"${of_extract[@]}"}
 ln -sfn extract/features "$out/features"
-run train-head "$out/features" --config ich --task multilabel --out "$out/head" "${again[@]}" "${of_head[@]}"
-run eval --model "$out/head" --data "$out/features" --split test --out "$out/eval" "${again[@]}"
+run train-head "$out/features" --config ich --task multilabel --out "$out/head" ${again[@]+"${again[@]}"} \
+  ${of_head[@]+"${of_head[@]}"}
+run eval --model "$out/head" --data "$out/features" --split test --out "$out/eval" ${again[@]+"${again[@]}"}
 "$python" "$here/pipeline_summary.py" write "$out" "$@"
 exit "$partial"

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """What ``ich_pipeline.sh`` looks at itself: the labels before it starts, and one summary of all steps at its end.
 
-``pipeline_summary.py check SERIES_CSV`` refuses a table whose ``label_any`` is not the largest of the five kinds.
+``pipeline_summary.py check SERIES_CSV [KEY=VALUE...]`` refuses a table whose ``label_any`` is not the largest of the
+five kinds, and keys that `medssl train-head` would refuse hours later.
 ``pipeline_summary.py write OUT [KEY=VALUE...]`` writes ``test_metrics.json``, ``test_probs.npy`` and
 ``pipeline_summary.json`` from what the four commands left in OUT.
 """
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -16,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medssl_cli.core.config import load_config
 from medssl_cli.core.errors import ConfigError, DataError, MedsslError
 from medssl_cli.core.run import RESEARCH_NOTE, atomic_path, hide_home, result_header, write_json
 from medssl_cli.data.manifest import STUDY_ALIASES, Table, read_table
+from medssl_cli.services.head_config import HeadConfig, check_head_config
 
 LABELS = tuple(
     f"label_{name}" for name in ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -50,7 +54,7 @@ def check_labels(series: Path) -> None:
 
 
 def positives(table: Table, column: str) -> list[bool | None]:
-    """Whether each cell is above 0; None where it is empty.
+    """Whether each cell is above 0; None where it is empty or NaN.
 
     Raises:
         DataError: A cell that is no number.
@@ -58,7 +62,8 @@ def positives(table: Table, column: str) -> list[bool | None]:
     values: list[bool | None] = []
     for line, cell in zip(table.lines, table.column(column), strict=True):
         try:
-            values.append(float(cell) > 0 if cell else None)
+            number = float(cell or "nan")
+            values.append(None if math.isnan(number) else number > 0)
         except ValueError as error:
             raise DataError(
                 "A label is no number.",
@@ -139,7 +144,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def main(words: Sequence[str]) -> int:
     """Exit code of one of the two uses."""
     try:
-        if len(words) == 2 and words[0] == "check":
+        if len(words) >= 2 and words[0] == "check":
+            check_head_config(load_config(HeadConfig, "ich", recipes="train_head", overrides=words[2:]), "multilabel")
             check_labels(Path(words[1]))
         elif len(words) >= 2 and words[0] == "write":
             print(write_summary(Path(words[1]), words[2:]))

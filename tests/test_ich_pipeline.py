@@ -152,7 +152,7 @@ def test_counts_of_a_split_by_hand(script: ModuleType, tmp_path: Path) -> None:
         row("a-1", "a", "p", (0, 1, 0, 0, 1)),
         row("a-2", "a", "p", (0, 1, 0, 0, 1)),
         row("b-1", "b", "q", (0, 0, 0, 0, 0)),
-        [*row("c-1", "c", "r", (0, 0, 0, 0, 0))[:5], "0.7", "", "0", "2", "0", "0"],
+        [*row("c-1", "c", "r", (0, 0, 0, 0, 0))[:5], "0.7", "", "0", "2", "0", "nan"],
     ]
     counts = script.count_split(write_table(tmp_path / "train.csv", rows))
     assert counts == {"num_series": 4, "num_studies": 3, "positive_counts": [3, 0, 2, 1, 0, 2]}
@@ -165,11 +165,38 @@ def test_missing_step_is_named(script: ModuleType, tmp_path: Path) -> None:
 
 
 def test_wrong_words_of_the_pipeline_end_with_2() -> None:
-    for words in ([], ["a", "b"], ["a.csv", "run", "out", "nonsense"], ["a.csv", "run", "out", "split.ratios=1"]):
+    for words in ([], ["a", "b"], ["a.csv", "run", "out", "nonsense"], ["a.csv", "run", "out", "split.ratios=1"],
+                  ["a.csv", "run", "out", "split.ratio=0.7 0.2 0.1"]):  # fmt: skip
         answer = subprocess.run(
             ["bash", str(ROOT / "scripts" / "ich_pipeline.sh"), *words], capture_output=True, text=True, check=False
         )
         assert answer.returncode == 2, answer.stderr
+
+
+def test_keys_of_the_head_are_checked_before_hours_of_extraction(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = str(write_table(tmp_path / "t.csv", cohort(3, 0)))
+    assert script.main(["check", table, "epochs=3", "hidden_dim=64"]) == 0
+    assert script.main(["check", table, "epoch=3"]) == 2
+    assert "did you mean epochs?" in capsys.readouterr().err
+    assert script.main(["check", table, "head=knn", "knn_k=3"]) == 2  # the recipe names keys that only an MLP has
+    assert "knn head does not use it" in capsys.readouterr().err
+
+
+def test_a_folder_of_features_is_never_taken_for_the_link(tmp_path: Path) -> None:
+    """``ln`` would put the link inside the folder, and the head would learn from what lies there."""
+    (tmp_path / "out" / "features").mkdir(parents=True)
+    words = (write_table(tmp_path / "t.csv", cohort(3, 0)), tmp_path / "run", tmp_path / "out")
+    answer = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "ich_pipeline.sh"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert "in the way" in answer.stderr
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "features"]
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------------

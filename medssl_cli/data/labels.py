@@ -11,9 +11,9 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -98,6 +98,35 @@ def read_targets(
         "leading zeros",
         code="labels_missing",
     )
+
+
+def read_patients(path: Path, rows: Sequence[Row], *, of_images: bool, root: Path | None) -> dict[str, str]:
+    """Patients that a table of labels tells, by case id; empty where it has no such column or names none of the cases.
+
+    Only of cases whose patient is not known otherwise, whose patient is the case itself.
+
+    Args:
+        path: Table of labels.
+        rows: As for ``read_targets``; slices count as their case.
+        of_images: As for ``read_targets``.
+        root: As for ``read_targets``.
+
+    Raises:
+        DataError: One case with two patients.
+    """
+    table = read_table(path)
+    column = table.find(PATIENT_ALIASES)
+    unknown = {row.case_id: row for row in rows if row.patient_id in ("", row.case_id)}
+    if column is None or not unknown:
+        return {}
+    cells = table.column(column)
+    for ids in _candidates(table, of_images=of_images):
+        names = _names_of_rows(ids, list(unknown.values()), of_images=of_images, root=root)
+        if any(names):
+            owners = _labels_by_key(table, ids, None, [cells], [column])
+            told = {case_id: owners[name, None][0] for case_id, name in zip(unknown, names, strict=True) if name}
+            return {case_id: patient for case_id, patient in told.items() if patient}
+    return {}
 
 
 def target_columns(table: Table, targets: Sequence[str]) -> list[list[str]]:
@@ -204,10 +233,22 @@ def _answers(row: Row, kind: str) -> tuple[str, ...]:
 
 def _by_path(cells: Sequence[str], known: Sequence[str], root: Path | None) -> dict[str, str]:
     """{path of a row: cell that names it}; absolute cells count from the root."""
-    base = root if root is None or root.is_dir() else root.parent
+    base = root.parent if root is not None and root.is_file() else root
     spelt = {_below(text, base): text for text in dict.fromkeys(cells) if text}
     found = match_image_ids(base or Path("/"), dict.fromkeys(spelt, ""), known)
-    return {name: spelt[given] for name, given in found.items()}
+    names = {name: spelt[given] for name, given in found.items()}
+    return {**_by_ending(set(spelt.values()) - set(names.values()), set(known) - set(names)), **names}
+
+
+def _by_ending(cells: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """{path: cell} of cells that tell folders above the root too, where one cell alone ends in the path."""
+    ends: dict[str, list[str]] = {}
+    for text in cells:
+        parts = PurePosixPath(text.replace("\\", "/")).parts
+        endings = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        if name := next((ending for ending in endings if ending in known), ""):
+            ends.setdefault(name, []).append(text)
+    return {name: texts[0] for name, texts in ends.items() if len(texts) == 1}
 
 
 def _below(text: str, base: Path | None) -> str:

@@ -44,4 +44,4 @@ def describe_device(device: torch.device) -> str:
     """Name for logs and ``run.json``."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    return f"cpu ({counted(torch.get_num_threads(), 'thread')})"

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def check_size(
     facts = {
         **result_header("download", started),
         "name": request.name,
-        "url": candidate.url,
+        "url": candidate.shown,
         "origin": candidate.origin,
         "path": hide_home(str(path)),
         "announced_bytes": announced.size,
@@ -138,7 +139,7 @@ def check_size(
     if announced.size is None:
         facts["reason"] = "the server does not announce a size"
     lines = [
-        f"{candidate.origin}: {candidate.url}",
+        f"{candidate.origin}: {candidate.shown}",
         f"announced: {'unknown' if announced.size is None else f'{announced.size:,} bytes'}",
         f"here:      {'nothing' if present is None else f'{present:,} bytes'} at {path}",
     ]
@@ -165,7 +166,7 @@ def list_published(*, environment: Mapping[str, str] = os.environ, folder: Path 
         state = f"here: {here[0]}" if here else "not here" if candidates else f"no address: set {model.prefix}_URL"
         lines.append(f"{name:<12}{model.about}; {state}")
         path = hide_home(str(here[0])) if here else None
-        models.append({"name": name, "about": model.about, "path": path, "urls": [c.url for c in candidates]})
+        models.append({"name": name, "about": model.about, "path": path, "urls": [c.shown for c in candidates]})
     return Result(lines, {**result_header("download", started), "models": models})
 
 
@@ -190,6 +191,13 @@ def _prepare(
             where=f"--sha256 {request.sha256[:80]}",
             fix="copy it whole",
             code="download_sha256",
+        )
+    if request.out is not None and request.out.exists() and not request.out.is_dir():
+        raise ConfigError(
+            "The output folder is a file.",
+            where=hide_home(str(request.out)),
+            fix="name a folder with --out; the file in it has the name that its publisher gave it",
+            code="out_is_file",
         )
     settings = read_settings(environment, folder, _keys_of(model), request.timeout_s)
     candidates = _candidates(request, model, settings)
@@ -270,7 +278,7 @@ def _places(
         if path.name in ("", ".", "..") or path == request.out:
             raise ConfigError(
                 "The weights have no file name.",
-                where=candidate.url,
+                where=candidate.shown,
                 fix=f"set {model.prefix}_FILENAME",
                 code="path_escapes",
             )
@@ -307,6 +315,7 @@ def _first_that_works(
 def _fetch_to(
     path: Path, candidate: Candidate, request: DownloadRequest, settings: DownloadSettings, progress: Progress | None
 ) -> dict[str, Any]:
+    started = time.time()
     part = path.with_name(path.name + ".part")
     with locked(path.parent, "download"), say_disk_errors(path):
         announced = fetch(candidate, part, settings, progress)
@@ -318,8 +327,8 @@ def _fetch_to(
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-        facts = {"url": candidate.url, "origin": candidate.origin, **facts}
-        write_json(_record(path), {**result_header("download", time.time()), "file": path.name, **facts})
+        facts = {"url": candidate.shown, "origin": candidate.origin, **facts}
+        write_json(_record(path), {**result_header("download", started), "file": path.name, **facts})
     return facts
 
 
@@ -328,13 +337,13 @@ def _check_part(part: Path, candidate: Candidate, announced: Announced, request:
     if announced.size is not None and size != announced.size:
         raise CheckpointError(
             "The file has another size than the one announced.",
-            where=f"{candidate.url}: {size:,} bytes came, {announced.size:,} were announced",
+            where=f"{candidate.shown}: {size:,} bytes came, {announced.size:,} were announced",
             fix="run the same command again",
             code="download_size",
         )
-    kind = check_weights(part, candidate.url) if size else _no_bytes(candidate)
+    kind = check_weights(part, candidate.shown) if size else _no_bytes(candidate)
     digest = file_digest(part)
-    _compare_digest(digest, request.sha256, candidate.url)
+    _compare_digest(digest, request.sha256, candidate.shown)
     return {
         "size": size,
         "announced": announced.size is not None,
@@ -346,7 +355,7 @@ def _check_part(part: Path, candidate: Candidate, announced: Announced, request:
 
 
 def _no_bytes(candidate: Candidate) -> str:
-    raise CheckpointError("The file is empty.", where=candidate.url, fix="check the address", code="download_content")
+    raise CheckpointError("The file is empty.", where=candidate.shown, fix="check the address", code="download_content")
 
 
 def _compare_digest(digest: str, expected: str | None, where: str) -> None:
@@ -408,13 +417,14 @@ def _first_announced(candidates: Sequence[Candidate], settings: DownloadSettings
 
 
 def _result(name: str, model: Published, path: Path, facts: dict[str, Any], started: float) -> Result:
-    next_command = f"medssl convert weights {path} OUT --source {model.source}"
+    quoted = shlex.quote(str(path))
+    next_command = f"medssl convert weights {quoted} OUT --source {model.source}"
     checked = "as expected" if facts["sha256_checked"] else "recorded, not compared with a published one"
     lines = [
         f"{name}: {path}" + ("" if facts["downloaded"] else " (was there already)"),
         f"{facts['size']:,} bytes, SHA-256 {facts['sha256']} ({checked})",
         f"next: {next_command}",
-        f"or:   medssl pretrain --init {path}",
+        f"or:   medssl pretrain --init {quoted}",
     ]
     shown = {"name": name, "path": hide_home(str(path)), **facts, "next": hide_home(next_command)}
     return Result(lines, {**result_header("download", started), **shown})

@@ -35,6 +35,10 @@ Progress = Callable[[int, int | None], None]
 
 _LASTING = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which another attempt may succeed."""
+_SECRETS = re.compile(
+    r"([?&][^&=]*(?:sig|token|policy|key|credential|secret|auth|password)[^&=]*=)[^&#]+", re.IGNORECASE
+)
+"""Values in the query of an address that was signed for one person, as Meta's are."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -54,6 +58,11 @@ class Candidate:
     filename: str
     token: str = ""
     token_host: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The address as it is told and kept: without signatures and keys, which open a file to whoever reads them."""
+        return _SECRETS.sub(r"\1…", self.url)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def probe(candidate: Candidate, settings: DownloadSettings) -> Announced:
         if head is not None and head.size is not None:
             return head
         with _opened(candidate, settings, {"Range": "bytes=0-0"}) as answer:
-            refuse_page(answer.read(1) if answer.status == 206 else b"", candidate.url, _content_type(answer))
+            refuse_page(answer.read(1) if answer.status == 206 else b"", candidate.shown, _content_type(answer))
             return Announced(_announced_size(answer), answer.headers.get("ETag", ""))
 
     return _with_retries(ask, candidate, settings)
@@ -163,7 +172,7 @@ def fetch(candidate: Candidate, part: Path, settings: DownloadSettings, progress
         ResourceError: No connection, no such file, or it broke off in every attempt; what came stays for the next run.
         CheckpointError: A page or more bytes than announced; ``part`` is removed.
     """
-    state = _PartState(part, candidate.url)
+    state = _PartState(part, candidate.shown)
 
     def attempt() -> Announced:
         return _attempt(candidate, state, settings, progress)
@@ -300,13 +309,13 @@ def _write_stream(
             if total < START_BYTES:
                 start = block[:START_BYTES] if total == 0 else b""
                 if start:
-                    refuse_page(start, candidate.url, _content_type(answer))
+                    refuse_page(start, candidate.shown, _content_type(answer))
             file.write(block)
             total += len(block)
             if size is not None and total > size:
                 raise CheckpointError(
                     "More bytes came than were announced.",
-                    where=f"{candidate.url}: {total:,} of {size:,}",
+                    where=f"{candidate.shown}: {total:,} of {size:,}",
                     fix="try again with --force, or give another address with --url",
                     code="download_size",
                 )
@@ -344,7 +353,7 @@ def _with_retries(action: Callable[[], Announced], candidate: Candidate, setting
                 break
     raise ResourceError(
         "The file could not be fetched.",
-        where=f"{candidate.url} ({candidate.origin}): {fault}",
+        where=f"{candidate.shown} ({candidate.origin}): {fault}",
         fix="check the address and the network and run the same command again: it goes on where it stopped",
         code="download_network",
     )

@@ -36,6 +36,8 @@ from medssl_cli.data.images import is_image, read_header
 from medssl_cli.data.preprocess import Prepared, Restore, naming_case, prepare_case
 from medssl_cli.data.resample import Grid
 from medssl_cli.data.views import normalize
+from medssl_cli.models.convnext import ConvNeXt
+from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.backbone import PLAIN, Backbone, Planes, planes_of, read_planes, saying_memory
 from medssl_cli.services.case_vectors import CaseFacts, CaseVectors, of_arrays, pooled, to_arrays
 from medssl_cli.services.embedding_config import ExtractConfig, backbone_facts, check_fits, decisions
@@ -418,12 +420,9 @@ class Embedder:
         with torch.inference_mode(), _evaluating(model), bf16:
             if self.config.tokens == ("cls",) and self.config.layers == 1 and not with_patches:
                 return self._cls_alone(images_BSHW, available), None
-            layers = self._layers(images_BSHW, available)
-            parts = [features.cls_BD.float() for features in layers] if "cls" in self.config.tokens else []
-            patches_BShwE = layers[-1].patches_BND.float().unflatten(1, layers[-1].grid)
-            if "mean" in self.config.tokens:
-                parts.append(_mean_patch(patches_BShwE, available))
-            return torch.cat(parts, dim=1), patches_BShwE if with_patches else None
+            layers = last_layers(model, images_BSHW, available, self.config.layers)
+            vectors_BD = token_vectors(layers, available, self.config.tokens)
+            return vectors_BD, _patches(layers[-1]) if with_patches else None
 
     def _cls_alone(self, images_BSHW: Tensor, available_BS: Tensor | None) -> Tensor:
         """(B, E) of the last block, whose end is computed for the cls token and a few patch tokens alone."""
@@ -435,12 +434,6 @@ class Embedder:
         index = (first_B1 + beside_K).flatten()
         ((cls_BE, _),) = model.forward_needed([images_BSHW], [None], [available_BS], [index])
         return cls_BE.float()
-
-    def _layers(self, images_BSHW: Tensor, available_BS: Tensor | None) -> list[Features]:
-        """Features after the last blocks, shallow to deep."""
-        if self.config.layers == 1:
-            return [self.backbone.model(images_BSHW, None, available_BS)]
-        return self.backbone.model.forward_layers(images_BSHW, range(-self.config.layers, 0), None, available_BS)
 
 
 def embedder_of(
@@ -515,6 +508,28 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+def last_layers(
+    model: VisionTransformer | ConvNeXt, images_BSHW: Tensor, available_BS: Tensor | None, count: int
+) -> list[Features]:
+    """Features after the last ``count`` blocks, shallow to deep, each through the final norm."""
+    if count == 1:
+        return [model(images_BSHW, None, available_BS)]
+    return model.forward_layers(images_BSHW, range(-count, 0), None, available_BS)
+
+
+def token_vectors(layers: Sequence[Features], available_BS: Tensor | None, tokens: Sequence[str]) -> Tensor:
+    """(B, D) float32: the cls tokens of all layers, the mean patch token of the last one, or both end to end."""
+    parts = [features.cls_BD.float() for features in layers] if "cls" in tokens else []
+    if "mean" in tokens:
+        parts.append(_mean_patch(_patches(layers[-1]), available_BS))
+    return torch.cat(parts, dim=1)
+
+
+def _patches(features: Features) -> Tensor:
+    """(B, S, h, w, E) float32."""
+    return features.patches_BND.float().unflatten(1, features.grid)
 
 
 def _mean_patch(patches_BShwE: Tensor, available_BS: Tensor | None) -> Tensor:

@@ -228,6 +228,7 @@ def _extract_cohort(
             split_csv=request.split_csv,
             splits=request.splits,
             sequence=request.sequence,
+            labels=request.labels,
             on_error=request.on_error,
         )
     )

@@ -17,8 +17,9 @@ from medssl_cli.core.run import hide_home
 from medssl_cli.core.wording import counted
 from medssl_cli.data.copies import refuse_copies
 from medssl_cli.data.datasets import DataConfig
-from medssl_cli.data.feature_store import ALL
+from medssl_cli.data.feature_store import ALL, Row
 from medssl_cli.data.images import is_image, volume_stem
+from medssl_cli.data.labels import read_patients
 from medssl_cli.data.layouts import detect_layout
 from medssl_cli.data.manifest import IMAGE, ROI_STEM, case_ids, check_no_overlap, say_some
 from medssl_cli.data.sequences import resolve_sequence
@@ -71,6 +72,7 @@ def read_cohort(
     split_csv: Path | None = None,
     splits: Path | None = None,
     sequence: str | None = None,
+    labels: Path | None = None,
     on_error: OnError = "stop",
 ) -> Cohort:
     """Read a case tree, an image tree, a series table or another layout; nothing but names and headers.
@@ -81,6 +83,7 @@ def read_cohort(
         split_csv: One list of cases to take.
         splits: Folder of `medssl split`: ``train.csv``, ``val.csv`` and ``test.csv``, as far as they are there.
         sequence: The one sequence to read: the stem of its files, or what the volumes of a table are.
+        labels: Table of labels, which may tell the patient of each case; else ``labels.csv`` in the tree.
         on_error: Whether a bad case stops, or is left out and listed.
 
     Raises:
@@ -108,6 +111,7 @@ def read_cohort(
     _refuse_other_kind(root, first, backbone)
     if first.kind == "volumes":
         tell_absent([case for cases in parts.values() for case in cases], first.config.mri_sequences)
+    parts = _with_patients(parts, root, labels, of_images=first.kind == "images")
     check_no_overlap(parts)
     refuse_copies(parts)
     parts = {name: [_renamed(case, backbone) for case in cases] for name, cases in parts.items()}
@@ -257,6 +261,35 @@ def _lists_in(folder: Path) -> dict[str, Path]:
             code="split_missing",
         )
     return found
+
+
+def _with_patients(
+    parts: Mapping[str, list[Case]], root: Path, labels: Path | None, *, of_images: bool
+) -> dict[str, list[Case]]:
+    """The cases with the patients that a table of labels tells, so that both eyes of one stay on one side."""
+    base = root if root.is_dir() else root.parent
+    table = labels or root / "labels.csv"
+    if not table.is_file():
+        return dict(parts)
+    rows = [
+        Row(case.case_id, case.patient_id, case.study_uid, None, 0, 0, row_path(case, base))
+        for cases in parts.values()
+        for case in cases
+    ]
+    owners = read_patients(table, rows, of_images=of_images, root=base)
+    if owners:
+        log.info("patients of %s are those that %s tells", counted(len(owners), "case"), hide_home(str(table)))
+    return {
+        name: [replace(case, patient_id=owners.get(case.case_id, case.patient_id)) for case in cases]
+        for name, cases in parts.items()
+    }
+
+
+def row_path(case: Case, base: Path) -> str:
+    """The image of a case, or the folder of several; relative to the data root where it lies below it."""
+    paths = [sequence.path for sequence in case.sequences.values()]
+    path = paths[0] if len(paths) == 1 else paths[0].parent
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else hide_home(str(path))
 
 
 def _list_name(path: Path) -> str:

@@ -33,7 +33,7 @@ from medssl_cli.data.labels import SLICE_COLUMN, encode_columns, read_targets, t
 from medssl_cli.data.manifest import class_folders, read_table, row_ids, say_some
 from medssl_cli.services.case_vectors import CaseFacts, CaseVectors, pooled
 from medssl_cli.services.embedding import Embedder
-from medssl_cli.services.extract_cohort import Cohort, OnError
+from medssl_cli.services.extract_cohort import Cohort, OnError, row_path
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def views_of(name: str, cohort: Cohort, embedder: Embedder) -> int:
 
 
 def _add(sink: Sink, case: Case, view: int, found: CaseVectors, pool: Pool, base: Path) -> None:
-    count, path = len(found.slices_ND), _row_path(case, base)
+    count, path = len(found.slices_ND), row_path(case, base)
     facts = _facts_row(found.facts) if view == 0 else None
     indices = [None] if pool != "none" else [int(index) for index in found.indices_N]
     vectors_RP = found.slices_ND if pool == "none" else pooled(found.slices_ND, pool)[None]
@@ -261,13 +261,6 @@ def _add(sink: Sink, case: Case, view: int, found: CaseVectors, pool: Pool, base
     first = sink.add(rows, vectors_RP, facts)
     if found.patches_NShwD is not None:
         sink.add_patches(first, found.patches_NShwD)
-
-
-def _row_path(case: Case, base: Path) -> str:
-    """The image, or the folder of several; relative to the data root where it lies below it."""
-    paths = [sequence.path for sequence in case.sequences.values()]
-    path = paths[0] if len(paths) == 1 else paths[0].parent
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else hide_home(str(path))
 
 
 def _facts_row(facts: CaseFacts) -> CaseFactsRow:
@@ -345,7 +338,8 @@ def find_labels(cohort: Cohort, labels: Path | None, targets: tuple[str, ...], p
         )
     own = _own_table(cohort)
     if not targets:
-        found = {case.case_id: (case.label,) for case in cohort.cases if case.label} or _of_folders(cohort)
+        told = {case.case_id: (case.label,) for case in cohort.cases if case.label}
+        found: Mapping[str, tuple[str, ...]] = told or _of_folders(cohort)
         return LabelSource((CLASS_FOLDER,), "the data", found) if found else LabelSource()
     path = labels or own
     if labels is None and not own.is_file():
@@ -368,12 +362,14 @@ def _own_table(cohort: Cohort) -> Path:
     return cohort.root if cohort.root.is_file() else cohort.root / "labels.csv"
 
 
-def _of_folders(cohort: Cohort) -> dict[str, tuple[str, ...]]:
+def _of_folders(cohort: Cohort) -> Mapping[str, tuple[str, ...]]:
     """Labels of pictures right in class folders; none beside a table, whose columns are to be named."""
     if cohort.kind != "images" or not cohort.root.is_dir() or _own_table(cohort).is_file():
         return {}
     known = class_folders(cohort.root)
-    found = {case.case_id: (known[case.case_id],) for case in cohort.cases if case.case_id in known}
+    found: dict[str, tuple[str, ...]] = {
+        case.case_id: (known[case.case_id],) for case in cohort.cases if case.case_id in known
+    }
     if found:
         classes = sorted(set(known.values()))
         log.warning("labels: the %d folders of the pictures are taken as classes: %s", len(classes), say_some(classes))
@@ -411,7 +407,7 @@ def _from_table(path: Path, targets: tuple[str, ...], cohort: Cohort, pool: Pool
         target_columns(table, targets)
         return LabelSource(targets, hide_home(str(path)), of_slices=look_up)
     rows = [
-        Row(case.case_id, case.patient_id, case.study_uid, None, 0, 0, _row_path(case, base)) for case in cohort.cases
+        Row(case.case_id, case.patient_id, case.study_uid, None, 0, 0, row_path(case, base)) for case in cohort.cases
     ]
     by_case = {row.case_id: cells for row, cells in zip(rows, look_up(rows), strict=True)}
     return LabelSource(targets, hide_home(str(path)), by_case)

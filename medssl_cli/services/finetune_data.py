@@ -100,6 +100,7 @@ def read_job(request: TrainHeadRequest, backbone: Backbone, config: FinetuneConf
         split_csv=request.split_csv,
         splits=request.splits,
         sequence=request.sequence,
+        labels=request.labels,
         on_error=request.on_error,
     )
     config = settle(config, backbone, pictures=cohort.kind == "images")

@@ -48,7 +48,7 @@ from medssl_cli.services.head import head_tensors, novelty_vector, save_head, wr
 from medssl_cli.services.head_request import COMMAND, TrainHeadRequest
 from medssl_cli.services.head_results import Finished, finish_head, head_card
 from medssl_cli.services.lookup import EXPORT, HEAD_CARD, FoundModel
-from medssl_cli.services.train_head import LAST_WEIGHTS, selection_words
+from medssl_cli.services.train_head import LAST_WEIGHTS, selection_words, training_notes
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ def write_run(
     if job.val is not None:
         labels, patients = job.val.labels_BL, job.val.patient_ids
     finished = finish_head(job.targets, job.config, tuned.val_logits_VC, labels, patients or ())
+    finished.notes.extend(training_notes(tuned.trained, job.config))
     header = result_header(COMMAND, started)
     with say_disk_errors(out):
         stage = temporary_folder(out, "finetune")

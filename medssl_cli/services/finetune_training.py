@@ -44,7 +44,7 @@ from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.feature_heads import build_head
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.devices import describe_device
-from medssl_cli.services.embedding import Embedder
+from medssl_cli.services.embedding import Embedder, last_layers, token_vectors
 from medssl_cli.services.finetune_config import FinetuneConfig
 from medssl_cli.services.finetune_views import CaseImages, CaseViews, Shown, in_order
 from medssl_cli.services.head import PoolMode, case_logits
@@ -119,17 +119,7 @@ def slice_vectors(
             each after the final norm.
         layers: Blocks.
     """
-    if layers == 1:
-        features = [model(images_MSHW, None, available_MS)]
-    else:
-        features = model.forward_layers(images_MSHW, range(-layers, 0), None, available_MS)
-    parts = [one.cls_BD.float() for one in features] if "cls" in tokens else []
-    if "mean" in tokens:
-        patches_MShwE = features[-1].patches_BND.float().unflatten(1, features[-1].grid)
-        mean_MSE = patches_MShwE.mean((2, 3))
-        exist_MS = torch.ones_like(mean_MSE[..., 0]) if available_MS is None else available_MS.to(mean_MSE)
-        parts.append((mean_MSE * exist_MS[..., None]).sum(1) / exist_MS.sum(1, keepdim=True))
-    return torch.cat(parts, dim=1)
+    return token_vectors(last_layers(model, images_MSHW, available_MS, layers), available_MS, tokens)
 
 
 def build_groups(model: Network, head: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from medssl_cli.core.run import hide_home, seed_for
 from medssl_cli.core.wording import counted
 from medssl_cli.data.feature_cache import FeatureCache
 from medssl_cli.data.feature_store import ALL, FeaturePart, FeatureSet, features_in_memory, is_features, read_features
-from medssl_cli.data.labels import encode_columns, read_targets
+from medssl_cli.data.labels import encode_columns, read_patients, read_targets
 from medssl_cli.data.manifest import say_some, split_digest
 from medssl_cli.data.split import Item, split_items
 from medssl_cli.data.store import default_cache
@@ -89,6 +89,7 @@ class HeadData:
         label_values: Texts by number of the columns that are classes.
         is_made: The features were made of raw data, and are to be kept with the run.
         split: How the parts came about, in words.
+        has_test: The data hold a test part, which is not looked at.
         failures: Cases of raw data that could not be read.
     """
 
@@ -99,6 +100,7 @@ class HeadData:
     label_values: Mapping[str, Sequence[str]]
     is_made: bool
     split: str
+    has_test: bool
     failures: tuple[Failure, ...] = ()
 
     @property
@@ -129,9 +131,10 @@ def read_head_data(
     is_made = not is_features(request.data)
     failures: tuple[Failure, ...] = ()
     if is_made:
-        features, failures = _made_features(request, config, task, progress)
+        features, failures, has_test = _made_features(request, config, task, progress)
     else:
         features = _stored_features(request, config)
+        has_test = "test" in features.names
     _refuse_no_training(features.names, request.data)
     if "train" in features.names:
         parts: dict[str, FeaturePart] = {n: features.part(n) for n in ("train", "val") if n in features.names}
@@ -139,7 +142,7 @@ def read_head_data(
         parts = {"train": features.part(ALL)}
     labelled, targets, values = _labelled(parts, features.info, request, is_made=is_made)
     train, val, split = with_validation(labelled["train"], labelled.get("val"), config, task, targets)
-    return HeadData(features, train, val, targets, values, is_made, split, failures)
+    return HeadData(features, train, val, targets, values, is_made, split, has_test, failures)
 
 
 def _refuse_no_training(names: Sequence[str], data: Path) -> None:
@@ -178,8 +181,11 @@ def _stored_features(request: TrainHeadRequest, config: HeadConfig) -> FeatureSe
 
 def _made_features(
     request: TrainHeadRequest, config: HeadConfig, task: Task, progress: Progress | None
-) -> tuple[FeatureSet, tuple[Failure, ...]]:
-    """Vectors of raw data, in memory, and the cases that could not be read; the test part is not looked at."""
+) -> tuple[FeatureSet, tuple[Failure, ...], bool]:
+    """Vectors of raw data, in memory, the cases that could not be read, and whether there is a test part.
+
+    That part is not looked at.
+    """
     if not request.data.exists():
         raise ConfigError(
             "There are no features and no data of this name.",
@@ -187,6 +193,14 @@ def _made_features(
             fix="name the --out folder of `medssl extract`, or a folder of images with --model RUN",
             code="data_missing",
         )
+    if request.data.is_dir() and all(entry.name.startswith(".") for entry in request.data.iterdir()):
+        raise ConfigError(
+            "The folder holds neither features nor images.",
+            where=hide_home(str(request.data)),
+            fix="an extraction that failed leaves nothing behind: run `medssl extract` again and see what it says",
+            code="data_empty",
+        )
+    log.info("%s holds no features: vectors are made of it as raw data", hide_home(str(request.data)))
     backbone = open_backbone(find_model(request.model), resolve_device(request.device))
     cohort = read_cohort(
         request.data,
@@ -194,6 +208,7 @@ def _made_features(
         split_csv=request.split_csv,
         splits=request.splits,
         sequence=request.sequence,
+        labels=request.labels,
         on_error=request.on_error,
     )
     _refuse_no_training(tuple(cohort.parts), request.data)
@@ -202,7 +217,8 @@ def _made_features(
     embedder = Embedder(backbone, config.extract, FeatureCache(default_cache(request.cache)))
     by_slice = config.kind(task) == "attention_mil" or config.level == "slice"
     pool: Pool = "none" if by_slice else "meanmax" if config.pool == "meanmax" else "mean"
-    return _vectors(replace(cohort, parts=used, invalid=invalid), embedder, pool, request, progress)
+    features, failures = _vectors(replace(cohort, parts=used, invalid=invalid), embedder, pool, request, progress)
+    return features, failures, "test" in cohort.parts
 
 
 def _vectors(
@@ -264,8 +280,10 @@ def _from_table(
     of_images = bool(facts) and all(fact.spacing_mm is None for fact in facts)
     cells = read_targets(table, targets, rows, of_images=of_images, root=None)
     labels_RT, values = encode_columns(cells, targets)
+    owners = read_patients(table, rows, of_images=of_images, root=None)
     found, start = {}, 0
     for name, part in parts.items():
+        part = replace(part, rows=tuple(replace(r, patient_id=owners.get(r.case_id, r.patient_id)) for r in part.rows))
         found[name] = Labelled(part, labels_RT[start : start + len(part.rows)].astype(np.float64))
         start += len(part.rows)
     return found, targets, values

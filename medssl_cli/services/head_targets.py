@@ -19,11 +19,10 @@ from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.wording import counted
 from medssl_cli.data.manifest import say_some
 from medssl_cli.services.head_config import Task
+from medssl_cli.services.predictions import any_place
 
 log = logging.getLogger(__name__)
 
-ANY = ("any", "label_any")
-"""Labels that mean: any of the others."""
 _MOST_CLASSES = 1000
 
 
@@ -155,19 +154,18 @@ def prepare_targets(
 
 def check_consistent(targets: Targets, labels_RL: np.ndarray) -> int:
     """Warn of cases whose label ``any`` is not the highest of the others; their number."""
-    lower = [name.lower() for name in targets.names]
-    found = [lower.index(name) for name in ANY if name in lower]
-    if targets.task != "multilabel" or not found or len(lower) < 2:
+    place = any_place(targets.names)
+    if targets.task != "multilabel" or place is None or len(targets.names) < 2:
         return 0
-    others_RL = np.delete(labels_RL, found[0], axis=1)
+    others_RL = np.delete(labels_RL, place, axis=1)
     known_R = ~np.isnan(labels_RL).any(axis=1)
-    wrong_R = known_R & (labels_RL[:, found[0]] != np.nanmax(np.where(known_R[:, None], others_RL, 0), axis=1))
+    wrong_R = known_R & (labels_RL[:, place] != np.nanmax(np.where(known_R[:, None], others_RL, 0), axis=1))
     count = int(wrong_R.sum())
     if count:
         log.warning(
             "%s: label %r is not what the others say; both are kept as they are",
             counted(count, "row"),
-            targets.names[found[0]],
+            targets.names[place],
         )
     return count
 

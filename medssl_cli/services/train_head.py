@@ -232,11 +232,11 @@ def run_job(job: Job, device: torch.device) -> Outcome:
         if best is None or outcome.trained.score > best.trained.score:
             best = replace(outcome, kept=number)
     assert best is not None
-    best.finished.notes.extend(_training_notes(best.trained, job.config))
+    best.finished.notes.extend(training_notes(best.trained, job.config))
     return replace(best, repeats=repeats)
 
 
-def _training_notes(trained: Trained, config: HeadConfig) -> list[str]:
+def training_notes(trained: Trained, config: HeadConfig) -> list[str]:
     """What the course of the training suggests."""
     if trained.criterion is not None and trained.epoch == config.epochs > 1:
         return [f"the last epoch is the best one: more may do better, e.g. epochs={2 * config.epochs}"]
@@ -467,7 +467,7 @@ def _lines(request: TrainHeadRequest, job: Job, outcome: Outcome) -> list[str]:
         )
     lines += [f"note:       {note}" for note in outcome.finished.notes]
     lines.append(f"run:        {shlex.quote(str(request.out))}  (head.json, progress.png, train_summary.json)")
-    return lines + next_lines(request, has_test="test" in job.data.features.names)
+    return lines + next_lines(request, has_test=job.data.has_test)
 
 
 def next_lines(request: TrainHeadRequest, *, has_test: bool) -> list[str]:
@@ -495,8 +495,7 @@ def metric_lines(finished: Finished, targets: Targets) -> list[str]:
         shown = [f"{name} {t:.3f}" for name, t in zip(targets.classes[:8], finished.thresholds, strict=False)]
         lines.append(f"threshold:  {', '.join(shown)} ({finished.rule})")
     if targets.task != "regression":
-        told = finished.calibration
-        lines.append(
-            f"calibrated: {told['method']} on {counted(told['n'], 'case')}" if finished.calibrated else "calibrated: no"
-        )
+        fit = finished.calibration
+        how = f"{fit['method']} on {counted(fit['n'], 'case')}" if finished.calibrated else "no"
+        lines.append(f"calibrated: {how}")
     return lines

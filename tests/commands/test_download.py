@@ -51,6 +51,32 @@ def test_wrong_words_end_with_2(medssl: Callable[..., Any], tmp_path: Path) -> N
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--list", "meddinov3"),
+        ("--list", "--force"),
+        ("--list", "--timeout", "5"),
+        ("meddinov3", "--check-size", "--force"),
+        ("meddinov3", "--check-size", "--sha256", "0" * 64),
+    ],
+)
+def test_options_without_effect_are_refused(medssl: Callable[..., Any], words: tuple[str, ...]) -> None:
+    answer = medssl("download", *words)
+    assert answer.exit_code == 2
+    assert "no effect" in answer.stderr
+
+
+def test_a_file_is_no_folder_for_weights(medssl: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file.pth").write_bytes(b"mine")
+    answer = medssl("download", "meddinov3", "--out", tmp_path / "file.pth")
+    assert answer.exit_code == 2
+    assert "is a file" in answer.stderr
+    answer = medssl("download", "meddinov3", "--out", tmp_path / "file.pth" / "x", env={"DOWNLOAD_RETRIES": "0"})
+    assert answer.exit_code == 6
+    assert (tmp_path / "file.pth").read_bytes() == b"mine"
+
+
 def test_dotenv_of_the_working_directory_counts(medssl: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DINOV3_URL=https://example.org/dinov3_vitb16.pth\n", encoding="utf-8")
     models = json.loads(medssl("download", "--list", "--json").stdout)["models"]

@@ -340,3 +340,13 @@ def test_the_cache_is_told_and_emptied(medssl: Medssl, extract: Medssl, ct: Path
     assert "2 entries removed" in medssl("extract", "--cache-prune", "--model", ct_run, *cache).stdout
     assert "0 entries" in medssl("extract", "--cache-info", *cache).stdout
     assert "13 forward passes" in extract(ct, "--model", ct_run).stdout
+
+
+def test_the_cache_of_the_environment_is_used_where_none_is_typed(
+    medssl: Medssl, ct: Path, ct_run: Path, tmp_path: Path
+) -> None:
+    env = {"MEDSSL_CACHE": str(tmp_path / "env")}
+    words = ("extract", ct, "--model", ct_run, "--out", tmp_path / "out", "--device", "cpu")
+    assert medssl(*words, env=env).exit_code == 0
+    assert "2 entries" in medssl("extract", "--cache-info", env=env).stdout
+    assert "0 entries" in medssl("extract", "--cache-info", "--cache", tmp_path / "typed", env=env).stdout

@@ -90,6 +90,10 @@ def test_a_head_finds_its_backbone(world: dict[str, Path], tmp_path: Path, monke
     (moved / "head" / "head.json").write_text(json.dumps(card))
     assert find_model(moved / "head").weights.samefile(moved / "ssl" / "export" / "teacher_backbone.safetensors")
     assert find_model(moved / "head").run is not None
+    assert ".." not in str(find_model(moved / "head").run)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "head").symlink_to(moved / "head")  # its parent is another than its name tells
+    assert find_model(tmp_path / "linked" / "head").weights.is_file()
     monkeypatch.chdir(moved.parent)
     monkeypatch.delenv("MEDSSL_MODEL", raising=False)
     os.utime(moved / "head" / "run.json", (2e9, 2e9))
@@ -144,6 +148,7 @@ def test_json_is_one_strict_document(world: dict[str, Path], medssl: Any, tmp_pa
         (("nowhere", "--task", "binary"), 2, "no features and no data"),
         (("DATA", "--task", "binary", "--target", "absent"), 3, "do not hold these labels"),
         (("DATA", "--task", "binary", "--model", "runs/x"), 2, "no effect on stored features"),
+        (("DATA", "--task", "binary", "--cache", "x"), 2, "--cache"),
         (("DATA", "--task", "binary", "hed=mlp"), 2, "did you mean head"),
         (("DATA", "--task", "binary", "--device", "cuda:99"), 6, "cuda:99"),
     ],
@@ -157,6 +162,31 @@ def test_bad_words_end_in_three_lines(
     assert text in answer.stderr
     assert "fix:" in answer.stderr
     assert not (tmp_path / "run" / "head.json").exists()
+
+
+def test_a_cache_of_the_environment_is_no_option(world: dict[str, Path], medssl: Any, tmp_path: Path) -> None:
+    """MEDSSL_CACHE stands in the profile of whoever works here; features are read all the same."""
+    env = {"MEDSSL_CACHE": str(tmp_path / "cache")}
+    words = ("--device", "cpu", "c_values=1", "val_ratio=0.4")
+    answer = medssl("train-head", world["head"], "--task", "binary", "--out", tmp_path / "run", *words, env=env)
+    assert answer.exit_code == 0, answer.stderr
+    data = ("--data", world["head"], "--split", "train", "--draws", "10")
+    answer = medssl("eval", "--model", tmp_path / "run", *data, "--out", tmp_path / "eval", env=env)
+    assert answer.exit_code == 0, answer.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_raw_data_without_labels_cost_no_forward_pass(
+    world: dict[str, Path], medssl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medssl_cli.services.embedding import Embedder
+
+    monkeypatch.setattr(Embedder, "embed_many", lambda *_, **__: pytest.fail("vectors were computed"))
+    words = ("train-head", world["data"], "--task", "binary", "--model", world["ssl"], "--device", "cpu")
+    answer = medssl(*words, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    assert answer.exit_code == 3
+    assert "to --target" in answer.stderr
+    assert "labels.csv: case_id" in answer.stderr
 
 
 def test_recipes_are_listed_and_load(medssl: Any) -> None:

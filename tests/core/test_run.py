@@ -22,6 +22,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_file_where_a_folder_is_needed_is_no_bug_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(ResourceError, match="cannot be written") as caught, run.locked(tmp_path / "file" / "x", "run"):
+        pass
+    assert (caught.value.code, caught.value.exit_code) == ("not_writable", 6)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_full_disk_names_path_and_bytes(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot be written") as caught, run.say_disk_errors(tmp_path, 12345):
         raise OSError(28, "No space left on device")

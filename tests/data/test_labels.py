@@ -11,7 +11,7 @@ import pytest
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.data.feature_store import Row
-from medssl_cli.data.labels import encode_columns, read_targets
+from medssl_cli.data.labels import encode_columns, read_patients, read_targets
 from medssl_cli.data.manifest import read_labels
 
 Write = Callable[[str], Path]
@@ -210,3 +210,30 @@ def test_infinite_labels_are_refused(text: str) -> None:
     with pytest.raises(DataError) as caught:
         encode_columns([("1",), (text,)], ("age",))
     assert caught.value.code == "label_number"
+
+
+# --- whose is a picture ----------------------------------------------------------------------------------------------
+
+
+def test_paths_may_tell_folders_above_the_root(table: Write) -> None:
+    rows = [row("1_L.png"), row("1_R.png"), row("b/2.png")]
+    path = table("image,y\nimages/1_L.png,1\n/data/eyes/1_R.png,0\nold\\b\\2.png,1\n")
+    assert cells(path, rows, images=True) == ["1", "0", "1"]
+    twice = table("image,y\ntrain/1_L.png,1\ntest/1_L.png,0\nx/1_R.png,0\n")
+    assert cells(twice, rows, images=True) == ["", "0", ""]
+
+
+def test_r12_a_table_of_labels_tells_the_patients_of_pictures(table: Write) -> None:
+    rows = [row("1_L.png"), row("1_R.png"), row("2_L.png", "known"), row("3_L.png")]
+    path = table("image,patient,y\n1_L.png,P1,0\n1_R.png,P1,1\n2_L.png,P2,1\n")
+    assert read_patients(path, rows, of_images=True, root=None) == {"1_L.png": "P1", "1_R.png": "P1"}
+    assert read_patients(table("image,y\n1_L.png,1\n"), rows, of_images=True, root=None) == {}
+    assert read_patients(table("image,patient,y\nz.png,P1,1\n"), rows, of_images=True, root=None) == {}
+
+
+def test_one_picture_of_two_patients_is_refused(table: Write) -> None:
+    path = table("image,patient,y\n1.png,P1,0\n1.png,P2,0\n")
+    with pytest.raises(DataError, match="two labels") as caught:
+        read_patients(path, [row("1.png")], of_images=True, root=None)
+    assert "P1" in caught.value.where
+    assert "P2" in caught.value.where

@@ -11,6 +11,7 @@ from medssl_cli.core.errors import ConfigError, DataError, MedsslError
 from medssl_cli.data.images import write_image
 from medssl_cli.data.manifest import (
     check_no_overlap,
+    class_folders,
     detect_kind,
     groups_by_pattern,
     parse_dataset_string,
@@ -255,6 +256,29 @@ def test_imagenet_folders_give_split_and_label(tmp_path: Path) -> None:
         "x/c.png": ("", ""),
         "d.png": ("", ""),
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("cat/a.png", "cat/b.png", "dog/c.png", "dog/a.png"), {"cat", "dog"}),
+        (("cat/a.png", "cat/b.png", "cat/c.png", "dog/d.png"), {"cat", "dog"}),
+        (("cat/a.png", "cat/b.png"), set()),  # one folder tells nothing
+        (("p1/a.png", "p2/a.png", "p3/a.png"), set()),  # a folder for each image
+        (("cat/a.png", "cat/b.png", "dog/c.png", "d.png"), set()),
+        (("cat/a.png", "cat/b.png", "dog/c.png", "dog/x/d.png"), set()),
+        (("train/a.png", "train/b.png", "test/c.png", "test/d.png"), set()),
+        (("train/cat/a.png", "train/cat/b.png", "train/dog/a.png", "train/dog/c.png"), set()),
+    ],
+)
+def test_class_folders_are_told_by_every_image(tmp_path: Path, names: tuple[str, ...], found: set[str]) -> None:
+    classes = class_folders(images(tmp_path / "r", *names))
+    assert set(classes.values()) == found
+    assert all(name.split("/")[0] == folder for name, folder in classes.items())
+    assert not found or set(classes) == set(names)
+    assert {case.label for case in read_image_cases(tmp_path / "r")} <= {"", "cat", "dog"}
+    if found:  # what `split` and `pretrain` read is as it was
+        assert {case.label for case in read_image_cases(tmp_path / "r")} == {""}
 
 
 def test_w24_names_with_several_dots_stay_apart(tmp_path: Path) -> None:

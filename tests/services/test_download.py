@@ -595,3 +595,22 @@ def test_r20_home_is_hidden_in_what_is_kept(
     result = get(server, tmp_path / "w")
     assert str(tmp_path) not in result.to_json()
     assert str(tmp_path) not in (tmp_path / "w" / "model.pth.json").read_text(encoding="utf-8")
+
+
+def test_r20_the_signature_of_an_address_is_sent_and_never_kept(
+    server: Server, tmp_path: Path, weights: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Meta's addresses are signed for the person who asked; one that was signed anew goes on with the same file."""
+    first, second = (f"/dinov3.pth?id=7&Policy=p{n}&Signature=secret{n}&Key-Pair-Id=K{n}" for n in "12")
+    server.files[first] = File(weights, breaks_at=5000)
+    with pytest.raises(ResourceError) as broken:
+        get(server, tmp_path / "w", first, "dinov3")
+    assert "id=7&Policy=…" in broken.value.where
+    part = (tmp_path / "w" / "dinov3.pth.part.json").read_text(encoding="utf-8")
+    server.files[second] = File(weights)
+    result = get(server, tmp_path / "w", second, "dinov3")
+    assert server.log[-1][2]["Range"] == "bytes=5000-"
+    kept = (tmp_path / "w" / "dinov3.pth.json").read_text(encoding="utf-8")
+    told = [broken.value.where, part, kept, result.to_json(), caplog.text]
+    assert not any("secret" in text or "K1" in text or "K2" in text for text in told)
+    assert "id=7" in kept

@@ -167,7 +167,10 @@ def test_each_class_is_told_on_the_terminal(tmp_path: Path) -> None:
     """Class a is told apart, class b as well as a coin would: both lines carry their own area."""
     predictions = write(tmp_path / "p.csv", "id,prob_a,prob_b", [(i, i / 8, 0.5) for i in range(8)])
     reference = write(tmp_path / "r.csv", "id,a,b", [(i, int(i > 3), i % 2) for i in range(8)])
-    lines = evaluate(EvaluateRequest(tmp_path / "out", predictions=predictions, reference=reference, draws=5)).lines
+    request = EvaluateRequest(
+        tmp_path / "out", predictions=predictions, reference=reference, task="multilabel", draws=5
+    )
+    lines = evaluate(request).lines
     told = {line.split()[2]: float(line.split()[3]) for line in lines if line.startswith("  auroc of ")}
     assert told == {"a": 1.0, "b": 0.5}
 

@@ -263,6 +263,25 @@ def test_class_and_split_folders_of_pictures_are_recognised(
             assert row.case_id.startswith(f"{name}/{'ab'[int(labels[0])]}/")
 
 
+def test_r12_both_eyes_of_a_patient_stay_together(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """The table of labels tells whose a picture is, whether it lies in the tree or is named."""
+    tree = tmp_path / "eyes"
+    for n, name in enumerate(("1_L", "1_R", "2_L", "2_R")):
+        write_picture(tree / f"{name}.png", seed=200 + n)
+    rows = [(f"{name}.png", f"P{name[0]}", name[2] == "L") for name in ("1_L", "1_R", "2_L", "2_R")]
+    table = write_table(tmp_path / "table.csv", ("image", "patient", "y"), rows)
+    run(tree, tmp_path / "named", runs["pictures"], cache, labels=table, targets=("y",))
+    part = read_features(tmp_path / "named").part("all")
+    assert [row.patient_id for row in part.rows] == ["P1", "P1", "P2", "P2"]
+    (tree / "labels.csv").write_bytes(table.read_bytes())
+    backbone = opened(runs["pictures"])
+    assert [case.patient_id for case in read_cohort(tree, backbone).cases] == ["P1", "P1", "P2", "P2"]
+    for name, pictures in (("train", ("1_L.png", "2_L.png")), ("val", ("1_R.png", "2_R.png"))):
+        write_table(tmp_path / "split" / f"{name}.csv", ("image",), [(picture,) for picture in pictures])
+    with pytest.raises(DataError, match="share patients"):
+        read_cohort(tree, backbone, splits=tmp_path / "split")
+
+
 def test_w24_pictures_whose_names_differ_after_the_first_dot_are_both_there(
     runs: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from medssl_cli.services.head import load_head, open_head
 from medssl_cli.services.head_request import TrainHeadRequest
 from medssl_cli.services.infer import InferRequest, infer
 from medssl_cli.services.lookup import find_model
+from medssl_cli.services.train_head import next_lines
 
 CPU = torch.device("cpu")
 WHOLE = ("crop_scale=[1,1]", "crop_aspect=[1,1]", "horizontal_flip=false", "vertical_flip=false")
@@ -788,6 +790,51 @@ def test_features_are_no_images(pictures: Path, plain_run: Path, tmp_path: Path,
     assert "one device" in medssl(*words, "--gpus", "2").stderr
 
 
+def test_a_cache_is_refused_where_it_is_typed_and_not_where_it_is_set(
+    pictures: Path, plain_run: Path, tmp_path: Path, medssl: Callable[..., Any]
+) -> None:
+    words = ("train-head", pictures, "--finetune", "--task", "binary", "--model", plain_run, "--out", tmp_path / "o")
+    answer = medssl(*words, "--cache", tmp_path / "cache")
+    assert answer.exit_code == 2
+    assert "--cache" in answer.stderr
+    short = ("epochs=1", "freeze_epochs=0", "batch_size=17")
+    answer = medssl(*words, "--device", "cpu", *short, env={"MEDSSL_CACHE": str(tmp_path / "cache")})
+    assert answer.exit_code == 0, answer.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_patients_of_the_label_table_stay_on_one_side(plain_run: Path, tmp_path: Path) -> None:
+    """Both eyes of a person: pictures of one folder, whose table tells the patient."""
+    root = write_pictures(tmp_path, {"data": 24}) / "data"
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    assert len(names) == 24
+    table = tmp_path / "labels.csv"
+    table.write_text("image,patient_id,up\n" + "".join(f"{n},P{int(n[-6:-4]) // 4},{int('up' in n)}\n" for n in names))
+    tune(root, plain_run, tmp_path / "out", *SHORT, "epochs=1", labels=table, target=("up",))
+    with (tmp_path / "out" / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sides = [{row["patient_id"] for row in rows if row["part"] == part} for part in ("train", "val")]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {f"P{n}" for n in range(6)}
+
+
+def test_class_folders_without_a_split_are_labels(plain_run: Path, tmp_path: Path, medssl: Callable[..., Any]) -> None:
+    root = write_pictures(tmp_path, {"data": 12}) / "data"
+    words = ("train-head", root, "--finetune", "--task", "binary", "--model", plain_run, "--out", tmp_path / "o o")
+    answer = medssl(*words, "--device", "cpu", "epochs=1", "freeze_epochs=0", "positive=up")
+    assert answer.exit_code == 0, answer.stderr
+    assert "the last epoch is the best one" not in answer.stdout  # one epoch tells nothing of more
+    assert "the 2 folders of the pictures are taken as classes: 'down', 'up'" in answer.stderr
+    assert f"infer CASE --model '{tmp_path / 'o o'}'" in answer.stdout
+    assert "medssl eval" not in answer.stdout  # no part is left to evaluate
+    (root / "lonely.png").write_bytes((root / "up" / "data001.png").read_bytes())
+    answer = medssl(*words, "--device", "cpu")
+    assert answer.exit_code == 3
+    assert "put the pictures into class folders" in answer.stderr
+
+
 def test_the_command_trains_and_says_what_to_do_next(
     pictures: Path, plain_run: Path, tmp_path: Path, medssl: Callable[..., Any]
 ) -> None:
@@ -801,6 +848,25 @@ def test_the_command_trains_and_says_what_to_do_next(
     assert facts["head"]["model"]["finetuned"] is True
     assert "epoch 2/2" in (tmp_path / "run" / "log.txt").read_text()
     assert "backbone_lr_scale: 0.5" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_what_to_type_next_can_be_typed(tmp_path: Path) -> None:
+    request = TrainHeadRequest(
+        tmp_path / "a b", "binary", tmp_path / "<x>", splits=tmp_path / "split", labels=tmp_path / "l.csv"
+    )
+    infer_line, eval_line = next_lines(request, has_test=True)
+    assert shlex.split(infer_line)[1:] == ["medssl", "infer", "CASE", "--model", str(tmp_path / "<x>"), "--heatmap"]
+    typed = shlex.split(eval_line)
+    assert typed[:2] == ["medssl", "eval"]
+    given = dict(zip(typed[2::2], typed[3::2], strict=True))
+    assert given == {
+        "--model": str(tmp_path / "<x>"),
+        "--data": str(tmp_path / "a b"),
+        "--split": "test",
+        "--splits": str(tmp_path / "split"),
+        "--labels": str(tmp_path / "l.csv"),
+        "--out": f"{tmp_path / '<x>'}-eval",
+    }
 
 
 def test_a_head_needs_no_validation_part(pictures: Path, plain_run: Path, tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ import torch
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
 from medssl_cli.data.feature_store import CaseFactsRow, FeaturePart, FeatureSet, Row, read_features, write_features
 from medssl_cli.metrics.classification import knn_probabilities
+from medssl_cli.models.feature_heads import VectorHead
 from medssl_cli.services import head_data
 from medssl_cli.services.head import Head, load_head, pooled, probabilities
 from medssl_cli.services.head_config import HeadConfig
 from medssl_cli.services.head_fitting import fit_head
 from medssl_cli.services.head_labels import encode_labels
 from medssl_cli.services.head_request import TrainHeadRequest
-from medssl_cli.services.head_results import calibrate
+from medssl_cli.services.head_results import _model_facts, calibrate, finish_head
 from medssl_cli.services.head_targets import prepare_targets
-from medssl_cli.services.head_training import HeadLoss, class_weights
+from medssl_cli.services.head_training import HeadLoss, _threads_for, class_weights
 from medssl_cli.services.train_head import train_head
 
 WIDTH = 16
@@ -745,3 +746,88 @@ def test_fitting_takes_the_seed_alone(make: Make) -> None:
     same = [torch.equal(a, b) for a, b in zip(one.module.parameters(), two.module.parameters(), strict=True)]
     assert all(same)
     assert not torch.equal(one.module.last.weight, other.module.last.weight)
+
+
+# --- what a hurried user meets ---------------------------------------------------------------------------------------
+
+
+def test_m24_weights_do_not_depend_on_the_number_of_threads(make: Make, train: Callable[..., Path]) -> None:
+    data = make([part("train", flags(60)), part("val", flags(20, seed=1), seed=1)])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(train(data, "binary", "head=mlp", "epochs=2", out=f"of{threads}") / "best.safetensors")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].read_bytes() == found[1].read_bytes()
+
+
+def test_small_heads_take_one_thread_and_large_ones_all() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with _threads_for(VectorHead(768, 6), 64):
+            assert torch.get_num_threads() == 1
+        with _threads_for(VectorHead(768, 6), 4096):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), _threads_for(VectorHead(8, 1), 4):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_validation_cases_make_no_certainty(make: Make, train: Callable[..., Path]) -> None:
+    data = make([part("train", flags(20)), part("val", np.array([[0.0], [1.0]]), noise=0.01)])
+    run = train(data, "binary")
+    reliability = load_head(run).reliability
+    assert reliability is not None
+    assert ((reliability[0] > 0.25) & (reliability[0] < 0.75)).all()  # one case counts as 2 / 3, Platt 1999
+    assert any("calibrated: temperature on 2 cases" in line for line in train.result.lines)  # type: ignore[attr-defined]
+
+
+def test_a_threshold_that_calls_every_case_positive_is_told() -> None:
+    targets = prepare_targets("binary", ("sick",), flags(4))
+    wrong = np.array([[2.0], [-2.0]]), np.array([[0.0], [1.0]])  # the other way round
+    finished = finish_head(targets, HeadConfig(calibration="none"), *wrong, ["a", "b"])
+    assert finished.thresholds == (0.0,)
+    assert finished.notes == ["sick: every validation case is positive at the threshold 0 (youden)"]
+
+
+def test_an_extraction_that_failed_is_not_taken_for_images(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / ".medssl.json").write_text('{"command": "extract"}')
+    with pytest.raises(ConfigError, match="neither features nor images") as caught:
+        train_head(TrainHeadRequest(data=tmp_path / "features", task="binary", out=tmp_path / "out"))
+    assert "medssl extract" in caught.value.fix
+
+
+def test_r12_labels_that_tell_patients_keep_them_on_one_side(
+    make: Make, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = part("all", flags(40))
+    rows = tuple(replace(row, patient_id=row.case_id) for row in found.rows)
+    data = make([replace(found, rows=rows, labels_RC=None)], ())
+    table = tmp_path / "labels.csv"
+    lines = [f"{row.case_id},Q{n // 2},{n // 2 % 2}" for n, row in enumerate(rows)]
+    table.write_text("\n".join(["case_id,patient_id,y", *lines]) + "\n")
+    run = train(data, "binary", out="table", labels=table, target=("y",))
+    with (run / "cases.csv").open(newline="") as file:
+        sides = {(row["patient_id"], row["part"]) for row in csv.DictReader(file)}
+    assert len(sides) == 20
+
+
+def test_r20_a_backbone_in_the_home_folder_leaves_no_broken_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / "ann"
+    (home / "runs").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    model = {"path": str(home / "ssl" / "b.safetensors")}
+    facts = _model_facts(model, home / "runs" / "head")
+    assert (facts["path"], facts["path_from_run"]) == ("~/ssl/b.safetensors", "../../ssl/b.safetensors")
+    monkeypatch.setenv("HOME", "/ssl")
+    assert _model_facts({"path": "/ssl/b.safetensors"}, tmp_path / "head")["path_from_run"] is None
