@@ -21,7 +21,7 @@ from medssl_cli.models.attention import set_backend
 from medssl_cli.services.build import build_objective
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-NAMES = ("startup", "loader", "views", "step", "pretrain", "extract", "infer", "head")
+NAMES = ("startup", "loader", "views", "step", "pretrain", "extract", "head")
 HEADER = {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"}
 
 
@@ -56,7 +56,7 @@ def options(bench: ModuleType, *words: str) -> Any:
     return bench.read_options(["step", "--device", "cpu", *words])[2]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("infer", marks=pytest.mark.slow)])
 def test_each_benchmark_prints_one_strict_json_document(name: str, document: Callable[..., dict[str, Any]]) -> None:
     found = document(name, "--repeat", "1")
     assert found.keys() >= HEADER | {"machine", "versions", "precision", "sizes", "rows", "ratios", "marks"}

@@ -19,6 +19,7 @@ from medssl_cli.metrics.classification import auroc
 
 WAYS = {"mlp": ("head=mlp",), "linear": ("head=linear",), "logistic, C = 1": ("head=logistic", "c_values=1")}
 EPOCHS = 30
+REFERENCE = "scikit-learn, C = 1"
 
 
 def head(options: Options) -> Findings:
@@ -32,18 +33,16 @@ def head(options: Options) -> Findings:
         write(folder / "features", features_ND, labels_N)
         for name, overrides in WAYS.items():
             seconds = [train(folder, number, overrides) for number in range(options.repeat)]
-            rows.append({"what": name, "wall_s": statistics.median(seconds), "fastest_s": min(seconds)})
+            rows.append({"what": name, "wall_ms": 1e3 * statistics.median(seconds), "fastest_ms": 1e3 * min(seconds)})
     timing = measure({"": lambda: scikit(features_ND, labels_N)}, options.repeat, warmup=0)[""]
-    rows.append(
-        {"what": "scikit-learn, C = 1", "wall_s": statistics.median(timing.wall), "fastest_s": min(timing.wall)}
-    )
-    by_name = {row["what"]: row["wall_s"] for row in rows}
-    reference = by_name["scikit-learn, C = 1"]
+    rows.append(timing.row(REFERENCE))
+    by_name = {row["what"]: row["wall_ms"] for row in rows}
+    reference = by_name[REFERENCE]
     return Findings(
         {"cases": count, "width": width, "epochs": EPOCHS},
         rows,
         {f"{name} / scikit-learn, time": by_name[name] / reference for name in WAYS},
-        [Mark(f"s for the head {name}", by_name[name], 2.0) for name in ("mlp", "linear")],
+        [Mark(f"s for the head {name}", by_name[name] / 1e3, 2.0) for name in ("mlp", "linear")],
     )
 
 

@@ -502,6 +502,7 @@ def test_the_run_is_one_like_any_other(tuned: Path, plain_run: Path, pictures: P
     assert summary["steps"] == 6
     assert len(summary["history"]) == 2
     assert summary["stopped"] is None
+    assert any("the last epoch" in note for note in summary["notes"]) == (head["selection"]["epoch"] == 2)
     run = json.loads((tuned / "run.json").read_text())
     assert run["status"] == "finished"
     assert run["backbone_sha256"] == before["sha256"]
