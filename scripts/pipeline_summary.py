@@ -28,6 +28,8 @@ LABELS = tuple(
     f"label_{name}" for name in ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 )
 PARTS = ("train", "val", "test")
+RECIPE = "head.config="
+"""The one key of the pipeline that is none of train-head: the recipe that its keys change."""
 
 
 def check_labels(series: Path) -> None:
@@ -145,7 +147,9 @@ def main(words: Sequence[str]) -> int:
     """Exit code of one of the two uses."""
     try:
         if len(words) >= 2 and words[0] == "check":
-            check_head_config(load_config(HeadConfig, "ich", recipes="train_head", overrides=words[2:]), "multilabel")
+            recipe = next((word.partition("=")[2] for word in words[2:] if word.startswith(RECIPE)), "ich")
+            keys = [word for word in words[2:] if not word.startswith(RECIPE)]
+            check_head_config(load_config(HeadConfig, recipe, recipes="train_head", overrides=keys), "multilabel")
             check_labels(Path(words[1]))
         elif len(words) >= 2 and words[0] == "write":
             print(write_summary(Path(words[1]), words[2:]))

@@ -180,6 +180,8 @@ def test_keys_of_the_head_are_checked_before_hours_of_extraction(
     assert script.main(["check", table, "epochs=3", "hidden_dim=64"]) == 0
     assert script.main(["check", table, "epoch=3"]) == 2
     assert "did you mean epochs?" in capsys.readouterr().err
+    assert script.main(["check", table, "head.config=ich_logistic", "c_values=5"]) == 0
+    assert script.main(["check", table, "head.config=ich_logistic", "epochs=3"]) == 2  # a key of other heads
     assert script.main(["check", table, "head=knn", "knn_k=3"]) == 2  # the recipe names keys that only an MLP has
     assert "knn head does not use it" in capsys.readouterr().err
 

@@ -81,13 +81,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class CaseFactsRow:
-    """What is known of the images of a case.
+class ImageFacts:
+    """What the images of a case are, whatever the network makes of them.
 
     Args:
-        spacing_mm: (z, y, x) as stored in the file; None for a picture.
-        shape: (slices, height, width).
-        intensity: Sequence to its 1st, 50th and 99th percentile, in the units of the file.
+        spacing_mm: Voxel size (z, y, x) of the reference sequence as stored; None for a picture.
+        shape: (slices, height, width) as stored; a picture as prepared.
+        intensity: 1st, 50th and 99th percentile of each sequence in the units of its file.
         missing: Sequences of the model that the case lacks.
     """
 
@@ -113,7 +113,7 @@ class FeaturePart:
     embeddings_RP: np.ndarray
     labels_RC: np.ndarray | None
     rows: tuple[Row, ...]
-    facts: dict[str, CaseFactsRow] = field(default_factory=dict)
+    facts: dict[str, ImageFacts] = field(default_factory=dict)
 
     @property
     def case_ids(self) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def _row_of(cells: Sequence[str]) -> Row:
     return Row(case_id, patient_id, study_uid, int(index) if index else None, int(n_slices), int(view), path)
 
 
-def _read_facts(path: Path) -> dict[str, CaseFactsRow]:
+def _read_facts(path: Path) -> dict[str, ImageFacts]:
     try:
         header, *lines = _read_csv(path, _FACT_HEADER, keep_header=True)
         names = [column.removesuffix("_p01") for column in header[len(_FACT_HEADER) :: len(_PERCENTILES)]]
@@ -258,7 +258,7 @@ def _read_facts(path: Path) -> dict[str, CaseFactsRow]:
         raise _damaged(path, str(error)) from error
 
 
-def _facts_of(cells: Sequence[str], names: Sequence[str]) -> CaseFactsRow:
+def _facts_of(cells: Sequence[str], names: Sequence[str]) -> ImageFacts:
     numbers = cells[len(_FACT_HEADER) :]
     intensity = {}
     for place, name in enumerate(names):
@@ -269,7 +269,7 @@ def _facts_of(cells: Sequence[str], names: Sequence[str]) -> CaseFactsRow:
     z, y, x = cells[1:4]
     spacing = (float(z), float(y), float(x)) if z else None
     shape = (int(cells[4]), int(cells[5]), int(cells[6]))
-    return CaseFactsRow(spacing, shape, intensity, tuple(cells[7].split(";")) if cells[7] else ())
+    return ImageFacts(spacing, shape, intensity, tuple(cells[7].split(";")) if cells[7] else ())
 
 
 def _read_csv(path: Path, header: Sequence[str], *, keep_header: bool = False) -> list[list[str]]:
@@ -464,7 +464,7 @@ class PartWriter:
     def __init__(self, folder: Path, name: str, width: int) -> None:
         self.folder, self.name, self.width = folder, name, width
         self.rows: list[Row] = []
-        self.facts: dict[str, CaseFactsRow] = {}
+        self.facts: dict[str, ImageFacts] = {}
         self._path = folder / f"{name}_embeddings.npy"
         self._file = self._path.open("w+b")
         self._write_header(0)
@@ -477,7 +477,7 @@ class PartWriter:
     ) -> None:
         self.close()
 
-    def add(self, rows: Iterable[Row], vectors_RP: np.ndarray, facts: CaseFactsRow | None = None) -> int:
+    def add(self, rows: Iterable[Row], vectors_RP: np.ndarray, facts: ImageFacts | None = None) -> int:
         """Append rows of one case with their vectors; the number of the first."""
         first, found = len(self.rows), list(rows)
         if vectors_RP.shape != (len(found), self.width):
@@ -546,7 +546,7 @@ def _row_cells(row: Row) -> tuple[str, ...]:
     return row.case_id, row.patient_id, row.study_uid, index, str(row.n_slices), str(row.view), row.path
 
 
-def _fact_cells(case_id: str, facts: CaseFactsRow, names: Sequence[str]) -> list[str]:
+def _fact_cells(case_id: str, facts: ImageFacts, names: Sequence[str]) -> list[str]:
     spacing = ("", "", "") if facts.spacing_mm is None else tuple(_number(mm) for mm in facts.spacing_mm)
     numbers = [_number(value) for name in names for value in facts.intensity.get(name, (math.nan,) * 3)]
     return [case_id, *spacing, *(str(n) for n in facts.shape), ";".join(facts.missing), *numbers]

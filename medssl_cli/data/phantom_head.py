@@ -336,7 +336,9 @@ def draw_bleed(kind: str, head: Head, rng: np.random.Generator) -> Bleed:
     if kind == "epidural":
         return Lens(kind, hu, _on_inner_table(head, side * (35 + 85 * u[0]), -6 + 40 * u[1], u[2:]))
     if kind == "subdural":
-        return Crescent(kind, hu, side * (70 + 40 * u[0]), 62 + 26 * u[1], 18 + 16 * u[2], 46 + 14 * u[3], 11 + 5 * u[4])
+        return Crescent(
+            kind, hu, side * (70 + 40 * u[0]), 62 + 26 * u[1], 18 + 16 * u[2], 46 + 14 * u[3], 11 + 5 * u[4]
+        )
     if kind == "subarachnoid":
         if u[0] < 0.5:  # an aneurysm: the basal cisterns and a Sylvian fissure
             return Film(kind, hu, Ellipsoid((side * 14, 8, -14), (38 + 10 * u[1], 34 + 8 * u[2], 22 + 8 * u[3])))

@@ -11,24 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.services.backbone import PLAIN
-
-
-@dataclass(frozen=True)
-class CaseFacts:
-    """What the images of a case are, whatever the network makes of them.
-
-    Args:
-        spacing_mm: Voxel size (z, y, x) of the reference sequence as stored; None for a picture.
-        shape: (slices, height, width) as stored; a picture as prepared.
-        intensity: 1st, 50th and 99th percentile of each sequence in the units of its file.
-        missing: Sequences of the model that the case lacks.
-    """
-
-    spacing_mm: tuple[float, float, float] | None
-    shape: tuple[int, int, int]
-    intensity: dict[str, tuple[float, float, float]]
-    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +28,7 @@ class CaseVectors:
 
     slices_ND: np.ndarray
     indices_N: np.ndarray
-    facts: CaseFacts
+    facts: ImageFacts
     patches_NShwD: np.ndarray | None
 
 
@@ -83,7 +67,7 @@ def of_arrays(arrays: Mapping[str, np.ndarray], sequences: tuple[str, ...]) -> C
     rows = zip(names, arrays["has_S"], arrays["intensity_S3"].tolist(), strict=True)
     intensity = {name: (row[0], row[1], row[2]) for name, has, row in rows if has}
     slices, height, width = arrays["shape"].tolist()
-    facts = CaseFacts(
+    facts = ImageFacts(
         spacing_mm=(spacing[0], spacing[1], spacing[2]) if spacing else None,
         shape=(slices, height, width),
         intensity=intensity,

@@ -32,6 +32,7 @@ from medssl_cli.core.protocols import Features
 from medssl_cli.core.run import digest_of, hide_home, plain, seed_for
 from medssl_cli.core.volume import affine_spacing
 from medssl_cli.data.feature_cache import FeatureCache
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.data.images import is_image, read_header
 from medssl_cli.data.preprocess import Prepared, Restore, naming_case, prepare_case
 from medssl_cli.data.resample import Grid
@@ -39,12 +40,12 @@ from medssl_cli.data.views import normalize
 from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.backbone import PLAIN, Backbone, Planes, planes_of, read_planes, saying_memory
-from medssl_cli.services.case_vectors import CaseFacts, CaseVectors, of_arrays, pooled, to_arrays
+from medssl_cli.services.case_vectors import CaseVectors, of_arrays, pooled, to_arrays
 from medssl_cli.services.embedding_config import ExtractConfig, backbone_facts, check_fits, decisions
 from medssl_cli.services.joined_slices import Job, Joined
 from medssl_cli.services.read_ahead import read_ahead
 
-__all__ = ["CaseFacts", "CaseVectors", "Embedder", "ExtractConfig", "backbone_facts", "embedder_of", "pooled"]
+__all__ = ["CaseVectors", "Embedder", "ExtractConfig", "backbone_facts", "embedder_of", "pooled"]
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class Embedder:
     def _jobs(self, case: Case, shown: tuple[str, ...] | None, views: Sequence[int]) -> Iterator[Job]:
         """The views of a case: what the cache holds of them, and the decoded images of the others."""
         planes: Planes | None = None
-        facts: CaseFacts | None = None
+        facts: ImageFacts | None = None
         view = views[0]
         try:
             with naming_case(case):
@@ -386,14 +387,14 @@ class Embedder:
         )
         return planes_of(turned, self.backbone)
 
-    def _facts(self, case: Case, planes: Planes) -> CaseFacts:
+    def _facts(self, case: Case, planes: Planes) -> ImageFacts:
         if planes.prepared is None:
-            return CaseFacts(None, (1, *planes.size), {PLAIN[0]: _percentiles(planes.stored_SNHW)}, ())
+            return ImageFacts(None, (1, *planes.size), {PLAIN[0]: _percentiles(planes.stored_SNHW)}, ())
         source, names = planes.prepared.restore.source, self.backbone.sequences
         images_SZYX, has_S = planes.prepared.images_SZYX, planes.prepared.available_S
         spacing = affine_spacing(source.affine)
         intensity = {name: _percentiles(images_SZYX[s]) for s, name in enumerate(names) if has_S[s]}
-        return CaseFacts((spacing.z, spacing.y, spacing.x), source.shape, intensity, case.missing(names))
+        return ImageFacts((spacing.z, spacing.y, spacing.x), source.shape, intensity, case.missing(names))
 
     # --- the network -------------------------------------------------------------------------------------------------
 

@@ -26,9 +26,9 @@ from medssl_cli.core.wording import counted
 from medssl_cli.data.feature_cache import FeatureCache
 from medssl_cli.data.feature_store import (
     ALL,
-    CaseFactsRow,
     FeaturePart,
     FeatureSet,
+    ImageFacts,
     Row,
     describe_parts,
     is_features,
@@ -558,7 +558,7 @@ def _slice_table(
 # --- what is known of the images -------------------------------------------------------------------------------------
 
 
-def _known(facts: Mapping[str, CaseFactsRow], table: PredictionTable) -> dict[str, dict[str, str]]:
+def _known(facts: Mapping[str, ImageFacts], table: PredictionTable) -> dict[str, dict[str, str]]:
     """Facts of the images by name, as texts."""
     known: dict[str, dict[str, str]] = {"split": dict(zip(table.case_ids, table.splits, strict=True))}
     for case_id, fact in facts.items():

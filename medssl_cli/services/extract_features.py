@@ -22,16 +22,16 @@ from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import RESEARCH_NOTE, hide_home, plain
 from medssl_cli.core.wording import counted
 from medssl_cli.data.feature_store import (
-    CaseFactsRow,
     FeaturePart,
     FeatureSet,
+    ImageFacts,
     Row,
     features_in_memory,
 )
 from medssl_cli.data.images import is_image, volume_stem
 from medssl_cli.data.labels import SLICE_COLUMN, encode_columns, read_targets, target_columns
 from medssl_cli.data.manifest import class_folders, read_table, row_ids, say_some
-from medssl_cli.services.case_vectors import CaseFacts, CaseVectors, pooled
+from medssl_cli.services.case_vectors import CaseVectors, pooled
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.extract_cohort import Cohort, OnError, row_path
 
@@ -80,7 +80,7 @@ class Counts:
 class Sink(Protocol):
     """Where the rows of a part go."""
 
-    def add(self, rows: Sequence[Row], vectors_RP: np.ndarray, facts: CaseFactsRow | None = None) -> int:
+    def add(self, rows: Sequence[Row], vectors_RP: np.ndarray, facts: ImageFacts | None = None) -> int:
         """Append rows of one case; the number of the first."""
         ...
 
@@ -95,9 +95,9 @@ class RowsInMemory:
 
     rows: list[Row] = field(default_factory=list)
     vectors: list[np.ndarray] = field(default_factory=list)
-    facts: dict[str, CaseFactsRow] = field(default_factory=dict)
+    facts: dict[str, ImageFacts] = field(default_factory=dict)
 
-    def add(self, rows: Sequence[Row], vectors_RP: np.ndarray, facts: CaseFactsRow | None = None) -> int:
+    def add(self, rows: Sequence[Row], vectors_RP: np.ndarray, facts: ImageFacts | None = None) -> int:
         """See ``Sink``."""
         first = len(self.rows)
         self.rows += rows
@@ -254,17 +254,13 @@ def views_of(name: str, cohort: Cohort, embedder: Embedder) -> int:
 
 def _add(sink: Sink, case: Case, view: int, found: CaseVectors, pool: Pool, base: Path) -> None:
     count, path = len(found.slices_ND), row_path(case, base)
-    facts = _facts_row(found.facts) if view == 0 else None
+    facts = found.facts if view == 0 else None
     indices = [None] if pool != "none" else [int(index) for index in found.indices_N]
     vectors_RP = found.slices_ND if pool == "none" else pooled(found.slices_ND, pool)[None]
     rows = [Row(case.case_id, case.patient_id, case.study_uid, index, count, view, path) for index in indices]
     first = sink.add(rows, vectors_RP, facts)
     if found.patches_NShwD is not None:
         sink.add_patches(first, found.patches_NShwD)
-
-
-def _facts_row(facts: CaseFacts) -> CaseFactsRow:
-    return CaseFactsRow(facts.spacing_mm, facts.shape, dict(facts.intensity), facts.missing)
 
 
 def _failed(case: Case, error: DataError) -> Failed:

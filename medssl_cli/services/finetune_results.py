@@ -34,7 +34,7 @@ from medssl_cli.core.run import (
     write_json,
     write_text,
 )
-from medssl_cli.data.feature_store import CaseFactsRow
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.engine.trainer import StopSignal
 from medssl_cli.metrics.novelty import Novelty
 from medssl_cli.models.zoo import card_path, save_backbone
@@ -45,6 +45,7 @@ from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.finetune_data import FinetuneJob
 from medssl_cli.services.finetune_training import Tuned, Tuner
 from medssl_cli.services.head import head_tensors, novelty_vector, save_head, write_tensors
+from medssl_cli.services.head_examples import case_rows
 from medssl_cli.services.head_request import COMMAND, TrainHeadRequest
 from medssl_cli.services.head_results import Finished, finish_head, head_card
 from medssl_cli.services.lookup import EXPORT, HEAD_CARD, FoundModel
@@ -95,7 +96,7 @@ class _Seen:
     """
 
     novelty: Novelty | None
-    facts: list[CaseFactsRow]
+    facts: list[ImageFacts]
 
 
 def write_run(
@@ -133,7 +134,7 @@ def write_run(
         card = {**header, **_card(out, job, embedder, tuned, finished, seen)}
         summary = train_summary(job, tuner, tuned, finished, started)
         write_text(stage / "config.yaml", dump_config(job.config))
-        write_csv(stage / "cases.csv", ("part", "case_id", "patient_id"), _case_rows(job))
+        write_csv(stage / "cases.csv", ("part", "case_id", "patient_id"), case_rows(job.train, job.val))
         write_json(stage / "train_summary.json", summary)
         _draw(stage, job, tuned)
         write_tensors(stage / LAST_WEIGHTS, head_tensors(tuned.trained.last))
@@ -236,7 +237,7 @@ def _see_again(job: FinetuneJob, embedder: Embedder, tuned: Tuned) -> _Seen:
     if tuned.stopped is not None:
         return _Seen(None, [])
     vectors: list[np.ndarray] = []
-    facts: list[CaseFactsRow] = []
+    facts: list[ImageFacts] = []
     plain_settings = job.config.extract.model_copy(update={"digest": "fast"})  # nothing is kept: no file need be hashed
     looking = Embedder(embedder.backbone, plain_settings)
     with StopSignal() as stop:
@@ -244,8 +245,7 @@ def _see_again(job: FinetuneJob, embedder: Embedder, tuned: Tuned) -> _Seen:
             if isinstance(found, MedsslError):
                 raise found
             vectors.append(novelty_vector(found.slices_ND, job.pool_mode))
-            own = found.facts
-            facts.append(CaseFactsRow(own.spacing_mm, own.shape, dict(own.intensity), own.missing))
+            facts.append(found.facts)
             if stop.received is not None:
                 tuned.stopped = Interrupted(
                     f"{stop.received} came after the last step.",
@@ -282,11 +282,6 @@ def _card(
         facts=seen.facts,
         split_digests=job.split_digests,
     )
-
-
-def _case_rows(job: FinetuneJob) -> list[tuple[str, str, str]]:
-    parts = [("train", job.train)] + ([("val", job.val)] if job.val is not None else [])
-    return [(name, *ids) for name, part in parts for ids in zip(part.case_ids, part.patient_ids, strict=True)]
 
 
 def _draw(stage: Path, job: FinetuneJob, tuned: Tuned) -> None:

@@ -238,3 +238,9 @@ def _tell_unlabelled(part: FeaturePart, known_R: np.ndarray) -> None:
             ", ".join(left_out[:3]),
             ", …" if len(left_out) > 3 else "",
         )
+
+
+def case_rows(train: Examples, val: Examples | None) -> list[tuple[str, str, str]]:
+    """(part, case, patient) of all that a head has seen, for ``cases.csv``."""
+    parts = [("train", train)] + ([("val", val)] if val is not None else [])
+    return [(name, *ids) for name, part in parts for ids in zip(part.case_ids, part.patient_ids, strict=True)]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from medssl_cli.core.run import RESEARCH_NOTE, hide_home, seed_for
-from medssl_cli.data.feature_store import CaseFactsRow
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.metrics.calibration import apply_scaling, ece, fit_platt, fit_temperature, nll, unfit_reasons
 from medssl_cli.metrics.evaluation import Evaluation, evaluate_classification, evaluate_regression
 from medssl_cli.metrics.thresholds import choose_threshold, parse_rule
@@ -218,7 +218,7 @@ def head_card(
     preprocessing: Mapping[str, Any],
     model: Mapping[str, Any],
     run: Path,
-    facts: Sequence[CaseFactsRow] = (),
+    facts: Sequence[ImageFacts] = (),
     feature_digest: str | None = None,
     split_digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def selection_facts(trained: Trained) -> dict[str, Any]:
     }
 
 
-def ranges_of(facts: Sequence[CaseFactsRow]) -> dict[str, list[float]]:
+def ranges_of(facts: Sequence[ImageFacts]) -> dict[str, list[float]]:
     """[lowest, highest] of each number that is known of the cases; names as the columns of the stored facts."""
     found: dict[str, list[float]] = {}
 
@@ -304,7 +304,7 @@ def ranges_of(facts: Sequence[CaseFactsRow]) -> dict[str, list[float]]:
     return found
 
 
-def _missing(facts: Sequence[CaseFactsRow]) -> dict[str, int]:
+def _missing(facts: Sequence[ImageFacts]) -> dict[str, int]:
     """Training cases that lack each sequence."""
     names = sorted({name for fact in facts for name in fact.missing})
     return {name: sum(name in fact.missing for fact in facts) for name in names}

@@ -235,8 +235,8 @@ def train_stepwise(
 def _threads_for(module: nn.Module, batch_size: int) -> Iterator[None]:
     """One thread for the steps of a small head on the CPU: they are too short to share.
 
-    Threads that wait for each other spin: beside other jobs on 2 cores the steps of an MLP of 256 on 768 numbers took 67
-    s of processor time with two threads and 7 s with one. The weights then do not depend on the number of cores either.
+    Threads that wait for each other spin: beside other jobs on 2 cores an MLP of 256 on 768 numbers took 67
+    s of processor time with two threads and 7 s with one. The weights do not depend on the number of cores then.
     """
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in module.parameters()) * batch_size > _SMALL_STEP:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.errors import MedsslError
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.services.backbone import Planes
-from medssl_cli.services.case_vectors import CaseFacts, CaseVectors
+from medssl_cli.services.case_vectors import CaseVectors
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Job:
     flips: tuple[bool, bool] = (False, False)
     result: CaseVectors | MedsslError | None = None
     planes: Planes | None = None
-    facts: CaseFacts | None = None
+    facts: ImageFacts | None = None
     indices_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     available_S: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     left: int = 0

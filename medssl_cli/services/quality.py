@@ -17,8 +17,8 @@ from medssl_cli.core.wording import counted
 from medssl_cli.services.case_input import Wanted, sequence_of
 
 if TYPE_CHECKING:
+    from medssl_cli.data.feature_store import ImageFacts
     from medssl_cli.metrics.novelty import NoveltyScore
-    from medssl_cli.services.embedding import CaseFacts
 
 SPACING_TOLERANCE = 0.1
 """Share by which a voxel edge may lie outside the range of the training cases: 0.45 counts as 0.5 mm."""
@@ -54,7 +54,7 @@ class QualityFlag:
 
 
 def quality_flags(
-    facts: CaseFacts,
+    facts: ImageFacts,
     card: Mapping[str, Any],
     *,
     novelty: NoveltyScore | None,

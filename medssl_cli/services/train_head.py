@@ -40,7 +40,7 @@ from medssl_cli.services.devices import describe_device, resolve_device
 from medssl_cli.services.head import PoolMode, head_tensors, save_head, write_tensors
 from medssl_cli.services.head_config import HeadConfig, Task, check_head_config
 from medssl_cli.services.head_data import HeadData, read_head_data
-from medssl_cli.services.head_examples import Examples, build_examples, pool_mode_of, refuse_leak
+from medssl_cli.services.head_examples import Examples, build_examples, case_rows, pool_mode_of, refuse_leak
 from medssl_cli.services.head_fitting import fit_head, refit_logistic_head
 from medssl_cli.services.head_request import COMMAND, TrainHeadRequest
 from medssl_cli.services.head_results import Finished, finish_head, head_card
@@ -329,7 +329,7 @@ def write_run(out: Path, job: Job, outcome: Outcome, device: torch.device, start
     novelty = Novelty.fit(outcome.used.case_vectors(job.pool_mode), outcome.used.patient_ids, seed=config.seed)
     summary = train_summary(job, outcome, device, started)
     write_text(out / "config.yaml", dump_config(config))
-    write_csv(out / "cases.csv", ("part", "case_id", "patient_id"), _case_rows(outcome.used, job.val))
+    write_csv(out / "cases.csv", ("part", "case_id", "patient_id"), case_rows(outcome.used, job.val))
     write_json(out / "train_summary.json", summary)
     write_failures(out / "failures.csv", data.failures)
     _draw(out, job, outcome)
@@ -408,11 +408,6 @@ def few_shot_facts(config: HeadConfig, outcome: Outcome) -> dict[str, Any] | Non
         "std": {name: float(np.std(v, ddof=1)) if len(v) > 1 else None for name, v in defined.items()},
         "n": {name: len(v) for name, v in defined.items()},
     }
-
-
-def _case_rows(train: Examples, val: Examples | None) -> list[tuple[str, str, str]]:
-    parts = [("train", train)] + ([("val", val)] if val is not None else [])
-    return [(name, *ids) for name, part in parts for ids in zip(part.case_ids, part.patient_ids, strict=True)]
 
 
 def _draw(out: Path, job: Job, outcome: Outcome) -> None:

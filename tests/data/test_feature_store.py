@@ -13,8 +13,8 @@ import pytest
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.data.feature_store import (
-    CaseFactsRow,
     FeaturePart,
+    ImageFacts,
     PartWriter,
     Row,
     features_in_memory,
@@ -33,8 +33,8 @@ def part(name: str = "train", ids: tuple[str, ...] = ODD_IDS) -> FeaturePart:
     rows = tuple(Row(i, f"p{n // 2}", "", None, 3, 0, f"{i}/x.png") for n, i in enumerate(ids))
     labels = np.array([[n % 2, 40.5 + n] for n in range(len(ids))], np.float32)
     labels[0] = np.nan
-    facts = {i: CaseFactsRow((3.0, 0.5, 0.25), (3, 8, 9), {"t2": (0.1, 1 / 3, 7.0)}, ("adc", "dwi")) for i in ids[:-1]}
-    facts[ids[-1]] = CaseFactsRow(None, (1, 8, 9), {"dwi": (1.0, 2.0, 3.0)}, ())
+    facts = {i: ImageFacts((3.0, 0.5, 0.25), (3, 8, 9), {"t2": (0.1, 1 / 3, 7.0)}, ("adc", "dwi")) for i in ids[:-1]}
+    facts[ids[-1]] = ImageFacts(None, (1, 8, 9), {"dwi": (1.0, 2.0, 3.0)}, ())
     return FeaturePart(name, rng.standard_normal((len(ids), 4)).astype(np.float32), labels, rows, facts)
 
 

@@ -21,7 +21,7 @@ from sklearn import metrics as sk
 
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, ResourceError
 from medssl_cli.core.run import to_json
-from medssl_cli.data.feature_store import CaseFactsRow, FeaturePart, Row, write_features
+from medssl_cli.data.feature_store import FeaturePart, ImageFacts, Row, write_features
 from medssl_cli.metrics.novelty import Novelty
 from medssl_cli.models.feature_heads import build_head
 from medssl_cli.services.evaluate import EvaluateRequest, evaluate, measured
@@ -397,7 +397,7 @@ def write_part(
         patient = patients[case] if patients is not None else f"p{case}"
         rows.append(Row(f"c{case:02}", patient, "", index, slices or 1, 0, f"c{case:02}"))
         missing = ("adc",) if case % 2 else ()
-        facts[f"c{case:02}"] = CaseFactsRow((3.0, 1.0, 1.0), (slices or 1, 8, 8), {}, missing)
+        facts[f"c{case:02}"] = ImageFacts((3.0, 1.0, 1.0), (slices or 1, 8, 8), {}, missing)
     described = {
         "pool_mode": "none" if slices else "mean", "embedding_dim": vectors.shape[1], "slice_dim": 4,
         "targets": ["cancer"], "label_values": {}, "extraction": SETTINGS,

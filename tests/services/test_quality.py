@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from constructed import noise, run_infer, save, write_head
 
+from medssl_cli.data.feature_store import ImageFacts
 from medssl_cli.metrics.novelty import Novelty, NoveltyScore
-from medssl_cli.services.embedding import CaseFacts
 from medssl_cli.services.quality import (
     INTENSITY_TOLERANCE,
     SLICES_TOLERANCE,
@@ -36,15 +36,15 @@ def facts(
     slices: int = 30,
     intensity: tuple[float, float, float] = (-950.0, 20.0, 1200.0),
     missing: tuple[str, ...] = (),
-) -> CaseFacts:
-    return CaseFacts(spacing, (slices, 64, 64), {"ct": intensity}, missing)
+) -> ImageFacts:
+    return ImageFacts(spacing, (slices, 64, 64), {"ct": intensity}, missing)
 
 
 def codes(found: list[QualityFlag]) -> list[str]:
     return [flag.code for flag in found]
 
 
-def flags_of(case: CaseFacts, card: dict[str, Any] = CARD, **more: Any) -> list[QualityFlag]:
+def flags_of(case: ImageFacts, card: dict[str, Any] = CARD, **more: Any) -> list[QualityFlag]:
     return quality_flags(case, card, **{"novelty": None, "filled_N": FULL, **more})
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
-from medssl_cli.data.feature_store import CaseFactsRow, FeaturePart, FeatureSet, Row, read_features, write_features
+from medssl_cli.data.feature_store import FeaturePart, FeatureSet, ImageFacts, Row, read_features, write_features
 from medssl_cli.metrics.classification import knn_probabilities
 from medssl_cli.models.feature_heads import VectorHead
 from medssl_cli.services import head_data
@@ -57,7 +57,7 @@ def part(
         for k in range(each)
     )
     facts = {
-        row.case_id: CaseFactsRow((3.0 + i % 2, 0.5, 0.5), (20, 64, 64), {"ct": (0.0, 10.0 + i, 90.0)}, ())
+        row.case_id: ImageFacts((3.0 + i % 2, 0.5, 0.5), (20, 64, 64), {"ct": (0.0, 10.0 + i, 90.0)}, ())
         for i, row in enumerate(rows[::each])
     }
     return FeaturePart(name, vectors.astype(np.float32), np.repeat(labels, each, 0).astype(np.float32), rows, facts)
