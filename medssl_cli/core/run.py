@@ -181,7 +181,7 @@ def check_out_folder(
         raise ConfigError(
             "The output folder is a file.", where=str(out), fix="choose another --out", code="out_is_file"
         )
-    kept = {LOCK, *(path.name for path in keep)}
+    kept = {LOCK, MARKER, *(path.name for path in keep)}  # a marker alone is what a refused command leaves
     entries = [entry for entry in out.iterdir() if entry.name not in kept] if out.is_dir() else []
     if not entries or _marker_command(out / MARKER) == command:
         return []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import ConfigError, PartialFailure
+from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import (
     check_out_folder,
@@ -140,7 +140,7 @@ def _config(request: ExtractRequest) -> ExtractConfig:
 
 def _refuse_absent(path: Path) -> None:
     if not path.exists():
-        raise ConfigError(
+        raise DataError(
             "The input does not exist.",
             where=hide_home(str(path)),
             fix="name a volume, a picture, a folder or a table",

@@ -138,12 +138,11 @@ def read_job(request: TrainHeadRequest, backbone: Backbone, config: FinetuneConf
 def _refuse_features(request: TrainHeadRequest) -> None:
     if request.data.exists() and not is_features(request.data):
         return
-    is_there = request.data.exists()
+    where, fix = hide_home(str(request.data)), "name the images: a case tree, an image tree or a table, with --model RUN"
+    if not request.data.exists():
+        raise DataError("There are no data of this name.", where=where, fix=fix, code="data_missing")
     raise ConfigError(
-        "Fine-tuning reads images, and these are features." if is_there else "There are no data of this name.",
-        where=hide_home(str(request.data)),
-        fix="name the images: a case tree, an image tree or a table, with --model RUN",
-        code="finetune_features" if is_there else "data_missing",
+        "Fine-tuning reads images, and these are features.", where=where, fix=fix, code="finetune_features"
     )
 
 

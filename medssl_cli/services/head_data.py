@@ -187,7 +187,7 @@ def _made_features(
     That part is not looked at.
     """
     if not request.data.exists():
-        raise ConfigError(
+        raise DataError(
             "There are no features and no data of this name.",
             where=hide_home(str(request.data)),
             fix="name the --out folder of `medssl extract`, or a folder of images with --model RUN",

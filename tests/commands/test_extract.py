@@ -299,7 +299,7 @@ def test_what_is_missing_is_said(medssl: Medssl, extract: Medssl, ct: Path, ct_r
     assert answer.exit_code == 2
     assert "one input at a time" in answer.stderr
     answer = extract(tmp_path / "nothing", "--model", ct_run)
-    assert answer.exit_code == 2
+    assert answer.exit_code == 3
     assert "does not exist" in answer.stderr
 
 

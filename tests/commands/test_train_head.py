@@ -145,7 +145,7 @@ def test_json_is_one_strict_document(world: dict[str, Path], medssl: Any, tmp_pa
         (("DATA",), 2, "--task"),
         (("DATA", "--task", "landmark"), 2, "Landmarks"),
         (("DATA", "--task", "binary", "--backbone-lr-scale", "0.1"), 2, "--finetune"),
-        (("nowhere", "--task", "binary"), 2, "no features and no data"),
+        (("nowhere", "--task", "binary"), 3, "no features and no data"),
         (("DATA", "--task", "binary", "--target", "absent"), 3, "do not hold these labels"),
         (("DATA", "--task", "binary", "--model", "runs/x"), 2, "no effect on stored features"),
         (("DATA", "--task", "binary", "--cache", "x"), 2, "--cache"),

@@ -46,6 +46,7 @@ def test_foreign_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
     run.claim_out_folder(tmp_path, "split", overwrite=True)
     assert not (tmp_path / "thesis.txt").exists()
     run.claim_out_folder(tmp_path, "split")
+    (tmp_path / "train.csv").write_text("patient_id\n")
     with pytest.raises(ConfigError):
         run.claim_out_folder(tmp_path, "pretrain")
 
@@ -200,3 +201,11 @@ def test_a_killed_run_whose_workers_linger_is_waited_for(tmp_path: Path) -> None
         started = time.monotonic()
         with run.locked(tmp_path, "run folder"):
             assert 0.2 < time.monotonic() - started < 10
+
+
+def test_a_folder_in_which_a_command_was_refused_is_free_for_others(tmp_path: Path) -> None:
+    run.claim_out_folder(tmp_path / "out", "train-head")
+    run.claim_out_folder(tmp_path / "out", "eval")
+    (tmp_path / "out" / "metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not empty"):
+        run.claim_out_folder(tmp_path / "out", "infer")
