@@ -208,7 +208,9 @@ def test_the_survey_asks_for_every_mark_of_a_gpu(bench: ModuleType) -> None:
         assert name == job.words[0]
         if name == "step":
             asked |= {(given.arch, given.precision, batch) for batch in given.batch}
-    assert asked >= STEP_MARKS.keys()
+        if name == "extract":
+            asked |= {("extract", given.precision, batch) for batch in given.batch}
+    assert asked >= STEP_MARKS.keys() | {("extract", "bf16", 256)}
     assert {("vit_base", "fp16", 8), ("vit_base", "bf16", 64), ("vit_large", "bf16", 32)} <= asked
 
 

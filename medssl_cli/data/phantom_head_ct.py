@@ -1,8 +1,9 @@
 """Learnable phantoms of head CT: who bleeds where, how each scanner measures and stores it, and the resulting volumes.
 
-Of every ten studies four show no bleed and each of the five kinds leads one or two of the others, most of which show
-a second kind or a third: every kind is in a good fifth of the studies. Head, position, scanner, padding, storage and noise are drawn without regard to that: the same study without its bleeds has the same
-voxels everywhere else. So nothing but blood and its oedema tells of a label.
+Of every ten studies four show no bleed and each of the five kinds leads one or two of the others, most of which show a
+second kind or a third: every kind is in a good fifth of the studies. Head, position, scanner, padding, storage and
+noise are drawn without regard to that: the same study without its bleeds has the same voxels everywhere else. So
+nothing but blood and its oedema tells of a label.
 
 Study i is a pure function of (seed, i, size): neither the number of studies nor their order matters.
 """

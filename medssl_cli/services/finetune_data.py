@@ -138,7 +138,8 @@ def read_job(request: TrainHeadRequest, backbone: Backbone, config: FinetuneConf
 def _refuse_features(request: TrainHeadRequest) -> None:
     if request.data.exists() and not is_features(request.data):
         return
-    where, fix = hide_home(str(request.data)), "name the images: a case tree, an image tree or a table, with --model RUN"
+    where = hide_home(str(request.data))
+    fix = "name the images: a case tree, an image tree or a table, with --model RUN"
     if not request.data.exists():
         raise DataError("There are no data of this name.", where=where, fix=fix, code="data_missing")
     raise ConfigError(

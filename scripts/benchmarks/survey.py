@@ -65,6 +65,9 @@ def plan(device: str, *, tiny: bool) -> list[Job]:
         Job("loader", ("loader",)),
         Job("pretrain, bf16", ("pretrain", "--precision", "bf16", "--batch", "32", "--workers", "0", "2", "4", "8",
                                "--repeat", "30")),
+        Job("extract, bf16", ("extract", "--precision", "bf16", "--batch", "256")),
+        Job("extract, fp32", ("extract", "--precision", "fp32", "--batch", "256")),
+        Job("infer", ("infer",)),
     ]  # fmt: skip
 
 

@@ -192,18 +192,18 @@ def test_head_lies_as_the_affine_says(healthy: tuple[HeadCtSeries, HeadCtImages]
 
 @pytest.mark.slow
 def test_every_planned_bleed_can_be_seen() -> None:
-    for study in plan_head_ct(60, 11):
+    for study in plan_head_ct(40, 11):
         images = draw_head_ct(study, study.series[0])
         assert images.labels == (study.label, *(int(kind in study.kinds) for kind in KINDS)), study
 
 
 @pytest.mark.slow
 def test_what_is_not_blood_does_not_tell() -> None:
-    """Leave-one-out k-NN on bone, air, position and storage of 120 studies: near chance."""
+    """Leave-one-out k-NN on bone, air, position and storage of 80 studies: near chance."""
     from sklearn.metrics import roc_auc_score
     from sklearn.neighbors import KNeighborsClassifier
 
-    studies = plan_head_ct(120, 5)
+    studies = plan_head_ct(80, 5)
     rows = []
     for study in studies:
         series = study.series[0]
@@ -220,4 +220,4 @@ def test_what_is_not_blood_does_not_tell() -> None:
         others = groups != groups[i]
         model = KNeighborsClassifier(15).fit(x[others], y[others])
         scores[i] = model.predict_proba(x[i : i + 1])[0, 1]
-    assert 0.32 < roc_auc_score(y, scores) < 0.68  # three standard errors of 72 and 48 studies around .5
+    assert 0.3 < roc_auc_score(y, scores) < 0.7  # three standard errors of 48 and 32 studies around .5
