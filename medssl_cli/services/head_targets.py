@@ -79,7 +79,7 @@ class Targets:
                 fix="correct the labels, leave these cases out, or put such cases into the training part",
                 code="label_unknown",
             )
-        return np.array([[place[text] if text else np.nan] for text in texts]).reshape(len(texts), 1)
+        return np.array([place[text] if text else np.nan for text in texts], dtype=np.float64).reshape(-1, 1)
 
     def trained_on(self, labels_RL: np.ndarray) -> np.ndarray:
         """Encoded labels as the loss takes them: measurements get mean 0 and deviation 1 in the training part."""
