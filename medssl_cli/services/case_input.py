@@ -51,11 +51,13 @@ class Wanted:
         sequences: Names in channel order.
         reference: The one that a file of unknown name is taken for.
         volumes: False for a model of plain pictures.
+        slices: The pictures of that model were slices of volumes.
     """
 
     sequences: tuple[str, ...]
     reference: str
     volumes: bool
+    slices: bool = False
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def _file_case(named: Named, wanted: Wanted, sequence: str | None) -> Case:
 
 
 def _say_slices(named: Named, wanted: Wanted) -> None:
-    if not wanted.volumes:
+    if not wanted.volumes and not wanted.slices:
         log.warning("%s: the model learned from pictures; each slice is shown to it as one", named.name)
 
 

@@ -80,7 +80,8 @@ class ExtractedCase:
         """
         (named,) = named_cases([str(self.source)])
         backbone = self.embedder.backbone
-        wanted = Wanted(backbone.sequences, backbone.reference, volumes=backbone.model.sequences is not None)
+        volumes = backbone.model.sequences is not None
+        wanted = Wanted(backbone.sequences, backbone.reference, volumes=volumes, slices=backbone.slices)
         self.folder.mkdir(parents=True)
         with found_case(named, wanted, self.sequence, self.temporary) as case:
             vectors = self.embedder.embed(case)

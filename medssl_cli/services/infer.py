@@ -288,7 +288,8 @@ def _infer_case(
     """
     started = time.time()
     backbone = model.backbone
-    wanted = Wanted(backbone.sequences, backbone.reference, volumes=backbone.model.sequences is not None)
+    volumes = backbone.model.sequences is not None
+    wanted = Wanted(backbone.sequences, backbone.reference, volumes=volumes, slices=backbone.slices)
     temporary = temporary_folder(request.out, "case")
     try:
         with found_case(named, wanted, request.sequence, temporary) as case:

@@ -25,6 +25,7 @@ from medssl_cli.data.preprocess import PreprocessConfig
 from medssl_cli.data.transforms import resize_crops
 from medssl_cli.data.views import normalize
 from medssl_cli.services.backbone import Backbone, open_backbone, read_planes
+from medssl_cli.services.case_input import Wanted, found_case, named_cases
 from medssl_cli.services.heatmaps import InferConfig, Seen, heat_of_all, look, on_pixels
 from medssl_cli.services.infer import InferRequest, infer
 from medssl_cli.services.lookup import find_model
@@ -803,3 +804,14 @@ def test_one_picture_is_no_slice(tmp_path: Path, run_pictures: Path) -> None:
     write_image(tmp_path / "eye.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
     request = InferRequest((str(tmp_path / "eye.png"),), model=run_pictures, out=tmp_path / "out", device="cpu")
     assert infer(request).lines[0].startswith("eye: one picture, ")
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_only_a_model_of_photographs_is_told_to_see_slices_as_pictures(
+    tmp_path: Path, slices: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path / "head.nii.gz", noise())
+    wanted = Wanted(("image",), "image", volumes=False, slices=slices)
+    with found_case(named_cases([str(path)])[0], wanted, None, tmp_path / "scratch") as case:
+        assert case.sequences["image"].path == path
+    assert ("learned from pictures" in caplog.text) != slices
