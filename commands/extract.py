@@ -7,6 +7,7 @@ import typer
 
 
 def run(
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -77,6 +78,7 @@ def run(
         for name, line in recipes:
             typer.echo(f"{name:<{widest}}  {line}")
         return
+    _refuse_beside_cache(context, info=cache_info, prune=cache_prune)
     if cache_info or cache_prune:
         from medssl_cli.services.extract_cache import cache_info as tell
         from medssl_cli.services.extract_cache import prune_cache
@@ -114,6 +116,35 @@ def run(
         typer.echo(result.to_json() if json else result.summary())
     if result.error is not None:
         raise result.error
+
+
+def _refuse_beside_cache(context: typer.Context, *, info: bool, prune: bool) -> None:
+    """Refuse what was typed and has no effect beside the options that only look after the cache, or without them.
+
+    Raises:
+        ConfigError: With each of them.
+    """
+    from medssl_cli.core.errors import ConfigError
+
+    if info or prune:
+        mode = "--cache-info" if info else "--cache-prune"
+        heeded = {"cache", "json", *(("cache_info",) if info else ("cache_prune", "older_than", "model"))}
+        names = [name for name in context.params if name not in heeded]
+    else:
+        mode, names = "", ["older_than"]
+    sources = {name: context.get_parameter_source(name) for name in names}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if not typed:
+        return
+    told = ["INPUT and KEY=VALUE" if name == "words" else f"--{name.replace('_', '-')}" for name in sorted(typed)]
+    raise ConfigError(
+        f"{mode} does nothing but look after the cache: {', '.join(told)} would have no effect."
+        if mode
+        else "--older-than has no effect without --cache-prune.",
+        where=f"medssl extract {mode}".strip(),
+        fix="leave out what has no effect" + (f", or {mode}" if mode else ", or add --cache-prune"),
+        code="flags_without_effect",
+    )
 
 
 def _parted(words: list[str]) -> tuple[Path | None, tuple[str, ...]]:

@@ -36,7 +36,10 @@ def run(
         Path | None,
         typer.Option(help="Folder for the results; one sub-folder a case if there are several. [default: out/CASE]"),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Slices with the highest score that are listed and shown.")] = 5,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slices with the highest score that are listed and shown. [default: 5]"),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(help="From which probability on every class is positive, between 0 and 1; default: the head's."),

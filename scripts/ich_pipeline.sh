@@ -8,8 +8,8 @@
 # OUT         splits/ features/ head/ eval/ test_metrics.json test_probs.npy pipeline_summary.json
 # KEY=VALUE   split.ratios="0.6 0.2 0.2" and split.seed=1 for the split; extract.KEY=VALUE for extract, with
 #             extract.pool=meanmax and extract.on_error=skip for its options; head.config=ich_logistic for another
-#             recipe of the head than ich; overwrite=true to replace what other settings left in OUT; anything
-#             else is a key of train-head
+#             recipe of the head than ich; device=cuda:1, gpus=4 and cache=DIR; overwrite=true to replace what other
+#             settings left in OUT; anything else is a key of train-head
 #
 # Vectors are computed once: a second run takes them from the cache. Exit codes are those of medssl; 4 means that some
 # series could not be read and are counted in pipeline_summary.json.
@@ -32,7 +32,7 @@ python="$(dirname "$(command -v medssl)")/python"
 labels="label_any,label_epidural,label_intraparenchymal,label_intraventricular,label_subarachnoid,label_subdural"
 
 # lists that may be empty are written ${list[@]+"${list[@]}"} below: to bash before 4.4 they are unset
-ratios=(0.7 0.15 0.15) seed=42 pool=mean on_error=stop recipe=ich again=() of_extract=() of_head=()
+ratios=(0.7 0.15 0.15) seed=42 pool=mean on_error=stop recipe=ich again=() device=() of_extract=() of_head=()
 for pair in "$@"; do
   case "$pair" in
     split.ratios=*) read -ra ratios <<<"${pair#*=}" ;;
@@ -40,6 +40,9 @@ for pair in "$@"; do
     extract.pool=*) pool="${pair#*=}" ;;
     extract.on_error=*) on_error="${pair#*=}" ;;
     head.config=*) recipe="${pair#*=}" ;;
+    device=*) device=(--device "${pair#*=}") ;;
+    gpus=*) of_extract+=(--gpus "${pair#*=}") ;;
+    cache=*) of_extract+=(--cache "${pair#*=}") ;;
     overwrite=true) again=(--overwrite) ;;
     split.*) printf 'error: %s is no key of the split: split.ratios and split.seed are.\n' "$pair" >&2 && exit 2 ;;
     extract.*=*) of_extract+=("${pair#extract.}") ;;
@@ -68,10 +71,12 @@ fi
 "$python" "$here/pipeline_summary.py" check "$series" "head.config=$recipe" ${of_head[@]+"${of_head[@]}"}
 run split "$series" --out "$out/splits" --ratios "${ratios[@]}" --seed "$seed" --stratify "$labels" ${again[@]+"${again[@]}"}
 run extract "$series" --config ich --model "$model" --out "$out/extract" --splits "$out/splits" --labels "$series" \
-  --target "$labels" --pool "$pool" --on-error "$on_error" ${again[@]+"${again[@]}"} ${of_extract[@]+"${of_extract[@]}"}
+  --target "$labels" --pool "$pool" --on-error "$on_error" ${again[@]+"${again[@]}"} ${device[@]+"${device[@]}"} \
+  ${of_extract[@]+"${of_extract[@]}"}
 ln -sfn extract/features "$out/features"
 run train-head "$out/features" --config "$recipe" --task multilabel --out "$out/head" ${again[@]+"${again[@]}"} \
-  ${of_head[@]+"${of_head[@]}"}
-run eval --model "$out/head" --data "$out/features" --split test --out "$out/eval" ${again[@]+"${again[@]}"}
+  ${device[@]+"${device[@]}"} ${of_head[@]+"${of_head[@]}"}
+run eval --model "$out/head" --data "$out/features" --split test --out "$out/eval" ${again[@]+"${again[@]}"} \
+  ${device[@]+"${device[@]}"}
 "$python" "$here/pipeline_summary.py" write "$out" "$@"
 exit "$partial"

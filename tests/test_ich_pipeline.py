@@ -235,7 +235,7 @@ def test_whole_chain_runs_on_a_cpu_and_writes_every_file(write_run: Callable[...
         "data.preprocess.window_hu=[0,80]",
     )
     out = tmp_path / "out"
-    words = ["split.ratios=0.6 0.2 0.2", "extract.resize=32", "epochs=3"]
+    words = ["split.ratios=0.6 0.2 0.2", "extract.resize=32", "epochs=3", "device=cpu", f"cache={tmp_path / 'cache'}"]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import ConfigError
@@ -15,6 +15,22 @@ from medssl_cli.services.backbone import Backbone
 SCHEMA = 1
 """Of the numbers: raised whenever the same settings come to mean other vectors."""
 DEFAULT_MAX_SIDE = 518
+
+
+def _slice_or_middle(value: object) -> object:
+    return None if value == -1 else value
+
+
+def _patch_of_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return None if value.strip() == "center" else tuple(part.strip() for part in value.split(","))
+
+
+SimSlice = Annotated[NonNegativeInt | None, BeforeValidator(_slice_or_middle)]
+"""Slice of a similarity map, from 0; None, or -1, for the one chosen by itself."""
+SimPatch = Annotated[tuple[NonNegativeInt, NonNegativeInt] | None, BeforeValidator(_patch_of_text)]
+"""Row and column of the patch that all are compared with, from 0; None, or `center`, for the middle one."""
 
 
 class ExtractConfig(Config):
@@ -49,9 +65,9 @@ class ExtractConfig(Config):
     """How the cache tells files apart: by their bytes (SHA-256), or by path, size and time of change."""
     views: PositiveInt = 1
     """Vectors of each training picture: the first as it is, further ones with random flips."""
-    sim_slice: NonNegativeInt | None = None
+    sim_slice: SimSlice = None
     """Slice of the similarity map of a single volume, from 0; the middle one of those looked at if not given, or -1."""
-    sim_patch: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    sim_patch: SimPatch = None
     """Row and column of the patch that all are compared with, from 0, as `h,w`; the middle one if not given, or
     `center`."""
 
@@ -67,18 +83,6 @@ class ExtractConfig(Config):
             raise ValueError("one or more different tokens of cls, mean, patch are needed")
         given = {"cls", *value} if value == ("patch",) else set(value)
         return tuple(token for token in ("cls", "mean", "patch") if token in given)
-
-    @field_validator("sim_slice", mode="before")
-    @classmethod
-    def _middle_slice(cls, value: object) -> object:
-        return None if value == -1 else value
-
-    @field_validator("sim_patch", mode="before")
-    @classmethod
-    def _patch_of_text(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return None if value.strip() == "center" else tuple(part.strip() for part in value.split(","))
 
     @model_validator(mode="after")
     def _all_have_effect(self) -> ExtractConfig:

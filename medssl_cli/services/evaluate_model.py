@@ -49,6 +49,7 @@ from medssl_cli.services.evaluate_request import (
     Scored,
     SequenceScorer,
     chosen_thresholds,
+    refuse_needless_threshold,
 )
 from medssl_cli.services.extract_cohort import Cohort, read_cohort
 from medssl_cli.services.extract_features import (
@@ -250,6 +251,7 @@ def _stored(request: EvaluateRequest, data: Path) -> _Source:
         ("--missing-sequences", request.missing_sequences),
         ("--backbone", request.backbone),
         ("--cache", request.cache),
+        ("--on-error", request.on_error != "stop"),
         *((text, True) for text in request.overrides),
     )
     needless = [name for name, value in named if value]
@@ -261,6 +263,7 @@ def _stored(request: EvaluateRequest, data: Path) -> _Source:
             code="flags_without_effect",
         )
     head = load_head(_head_folder(request))
+    refuse_needless_threshold(head.task, request.threshold)
     if resolve_device(request.device).type != "cpu":
         log.info("Heads on stored features are computed on the CPU, in float64.")
     features = read_features(data)
@@ -281,6 +284,7 @@ def _computed(request: EvaluateRequest, config: EvaluateConfig, data: Path, prog
     cache = FeatureCache(default_cache(request.cache))
     overrides = {"batch_size": config.batch_size, "digest": config.digest}
     head, embedder = open_head(found, device, cache, overrides)
+    refuse_needless_threshold(head.task, request.threshold)
     if request.missing_sequences and len(embedder.backbone.sequences) < 2:
         raise ConfigError(
             "The model takes one image a case: no sequence can be left out.",

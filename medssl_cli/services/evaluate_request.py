@@ -14,6 +14,8 @@ from pydantic import PositiveInt
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.feature_store import Row
+from medssl_cli.data.store import default_cache
+from medssl_cli.services.lookup import model_paths
 from medssl_cli.services.predictions import TASKS, PredictionTable, Task
 
 COMMAND = "eval"
@@ -71,7 +73,9 @@ class EvaluateRequest:
     def inputs(self) -> list[Path]:
         """What is read, and must not be deleted."""
         paths = (self.model, self.data, self.predictions, self.reference, self.subgroups, self.compare, self.labels)
-        return [path for path in (*paths, self.splits, self.split_csv, self.backbone) if path is not None]
+        models = [] if self.of_files else model_paths(self.model, backbone=self.backbone)
+        named = [path for path in (*paths, self.splits, self.split_csv, self.backbone) if path is not None]
+        return [*named, *models, default_cache(self.cache)]
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,8 @@ def _without_effect(request: EvaluateRequest) -> list[str]:
             ("--sequence", request.sequence),
             ("--backbone", request.backbone),
             ("--cache", request.cache),
+            ("--device", request.device != "auto"),
+            ("--on-error", request.on_error != "stop"),
             *((text, True) for text in request.overrides),
         )
         return found + [f"{name}: without effect on predictions from a file" for name, value in named if value]
@@ -200,10 +206,32 @@ def _out_of_range(request: EvaluateRequest) -> list[str]:
     return found
 
 
+def refuse_needless_threshold(task: Task, asked: float | None) -> None:
+    """Refuse a threshold where nothing is decided by one.
+
+    Raises:
+        ConfigError: So it is.
+    """
+    if asked is None or task in ("binary", "multilabel"):
+        return
+    raise ConfigError(
+        f"--threshold has no effect on predictions of the task {task}.",
+        where=f"--threshold {asked:g}: "
+        + ("numbers are predicted" if task == "regression" else "the most probable class wins"),
+        fix="leave it out",
+        code="threshold_needless",
+    )
+
+
 def chosen_thresholds(
     task: Task, outputs: int, asked: float | None, own: np.ndarray | None, rule: str
 ) -> tuple[np.ndarray | None, str]:
-    """(thresholds, where they come from): as asked, else the model's own, else one half."""
+    """(thresholds, where they come from): as asked, else the model's own, else one half.
+
+    Raises:
+        ConfigError: A threshold where nothing is decided by one.
+    """
+    refuse_needless_threshold(task, asked)
     if task == "multiclass":
         return None, "no threshold: the most probable class"
     if task == "regression":

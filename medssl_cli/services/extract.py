@@ -152,8 +152,9 @@ def _refuse_absent(path: Path) -> None:
 def _own_folder(request: ExtractRequest, backbone: Backbone) -> Iterator[Callable[..., None]]:
     """The output folder, held by the first process; gives what makes it ours, to be called once there are results."""
     out = request.out
-    inputs = [request.input, backbone.found.run or backbone.found.weights]
-    inputs += [path for path in (request.splits, request.split_csv, request.labels) if path is not None]
+    inputs = [request.input, backbone.found.run or backbone.found.weights, default_cache(request.cache)]
+    named = (request.splits, request.split_csv, request.labels, request.config)
+    inputs += [Path(path) for path in named if path is not None and Path(path).exists()]
     would_go = from_first(lambda: bool(check_out_folder(out, COMMAND, overwrite=request.overwrite, inputs=inputs)))
     claim = partial(claim_out_folder, out, COMMAND, overwrite=request.overwrite, inputs=inputs)
     with contextlib.ExitStack() as held:
@@ -199,6 +200,7 @@ def _refuse_cohort_options(request: ExtractRequest, embedder: Embedder) -> None:
         "--labels": request.labels,
         "--target": ",".join(request.targets),
         "--pool": request.pool,
+        "--on-error": request.on_error != "stop",
         "--gpus": world_size() > 1,
         "views": embedder.config.views > 1,
     }

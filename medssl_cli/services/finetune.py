@@ -50,10 +50,9 @@ def finetune(request: TrainHeadRequest, *, progress: Progress | None = None) -> 
     config = load_finetune_config(request, task)
     device = resolve_device(request.device)
     seed_everything(config.seed)
-    inputs = [request.data, *(path for path in (request.labels, request.model, request.splits) if path is not None)]
     with (
         HeldLog() as lines,
-        RunFolder(request.out, COMMAND, lines, overwrite=request.overwrite, inputs=inputs) as folder,
+        RunFolder(request.out, COMMAND, lines, overwrite=request.overwrite, inputs=request.inputs()) as folder,
         stoppable("fine-tuning"),
     ):
         backbone = open_backbone(find_model(request.model), device)

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medssl_cli.data.feature_store import is_features
+from medssl_cli.data.store import default_cache
+from medssl_cli.services.lookup import model_paths
+
 COMMAND = "train-head"
 
 
@@ -45,3 +49,10 @@ class TrainHeadRequest:
     cache: Path | None = None
     on_error: Literal["stop", "skip"] = "stop"
     overwrite: bool = False
+
+    def inputs(self) -> list[Path]:
+        """What is read, and must not be deleted."""
+        named = (self.data, self.labels, self.splits, self.split_csv, self.config)
+        paths = [Path(path) for path in named if path is not None and Path(path).exists()]
+        models = [] if is_features(self.data) else model_paths(self.model)
+        return [*paths, *models, default_cache(self.cache)]

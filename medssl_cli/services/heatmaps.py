@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 from torch.nn import functional
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import DataError
 from medssl_cli.report.attention import similarity
 from medssl_cli.services.backbone import Backbone, Planes, Tokens
+from medssl_cli.services.embedding_config import SimPatch, SimSlice
 from medssl_cli.services.head_maps import HeadMethod, head_heat
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ class InferConfig(Config):
     own."""
     batch_size: PositiveInt = 4
     """Slices computed together."""
-    sim_slice: NonNegativeInt | None = None
-    """Slice of the similarity map, from 0; not given: the top slice of a head, else the middle one."""
-    sim_patch: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    """Row and column of the patch that all are compared with, from 0; the middle one if not given."""
+    sim_slice: SimSlice = None
+    """Slice of the similarity map, from 0; not given, or -1: the top slice of a head, else the middle one."""
+    sim_patch: SimPatch = None
+    """Row and column of the patch that all are compared with, from 0, as `h,w`; the middle one if not given, or
+    `center`."""
 
 
 @dataclass(frozen=True)

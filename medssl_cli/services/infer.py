@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 COMMAND = "infer"
 PREDICTIONS = "predictions.csv"
+DEFAULT_TOP_K = 5
 HEAD_DECIDES = ("max_side", "stride")
 """Keys that a head brings with its settings of extraction."""
 Progress = Callable[[int, int], None]
@@ -62,7 +63,7 @@ class InferRequest:
     model: Path | None = None
     heatmap: bool = False
     out: Path = Path("out")
-    top_k: int = 5
+    top_k: int | None = None
     sequence: str | None = None
     device: str = "auto"
     on_error: Literal["stop", "skip"] = "stop"
@@ -70,6 +71,11 @@ class InferRequest:
     threshold: float | None = None
     backbone: Path | None = None
     dicom: str | None = None
+
+    @property
+    def slices_listed(self) -> int:
+        """Slices with the highest score that are listed and shown, at most."""
+        return DEFAULT_TOP_K if self.top_k is None else self.top_k
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,12 @@ def _open(request: InferRequest, config: InferConfig) -> Model:
     given = config.model_fields_set
     if found.head is None:
         _refuse_head_options(request, config)
+        if request.top_k is not None and not request.heatmap:
+            raise _needless(
+                "--top-k has no effect on a bare backbone without a heat map: nothing ranks the slices.",
+                f"--top-k {request.top_k}",
+                "add --heatmap, or leave it out",
+            )
         return Model(open_backbone(found, device))
     idle = [key for key in HEAD_DECIDES if key in given]
     if idle:
@@ -296,7 +308,7 @@ def _infer_case(
             results = _looked_at(named, case, model, request, config, temporary / "results", progress)
             results.write_arrays()
             if request.heatmap:
-                results.write_heat(request.top_k)
+                results.write_heat(request.slices_listed)
             results.write_dicom(formats)
             summary = {
                 **result_header(COMMAND, started),
@@ -338,7 +350,7 @@ def _looked_at(
         indices_N,
         planes.filled_N[indices_N],
         model.limits,
-        top_k=request.top_k,
+        top_k=request.slices_listed,
         by=config.heatmap_class,
     )
     seen = look_with_head(
@@ -372,7 +384,7 @@ def _settings(request: InferRequest, config: InferConfig, model: Model) -> dict[
     if model.embedder is not None:
         keys = {key: value for key, value in keys.items() if key not in HEAD_DECIDES}
         keys["batch_size"] = model.embedder.config.batch_size
-    options = {"heatmap": request.heatmap, "top_k": request.top_k, "threshold": request.threshold}
+    options = {"heatmap": request.heatmap, "top_k": request.slices_listed, "threshold": request.threshold}
     return {**options, "sequence": request.sequence, "device": request.device, **keys}
 
 

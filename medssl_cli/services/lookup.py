@@ -66,6 +66,15 @@ def find_model(model: Path | None, *, backbone: Path | None = None) -> FoundMode
     return _resolve(newest, "newest finished run under ./runs", backbone)
 
 
+def model_paths(model: Path | None, *, backbone: Path | None = None) -> list[Path]:
+    """What belongs to the model that a command will open, so that it is not deleted; nothing if none is found."""
+    try:
+        found = find_model(model, backbone=backbone)
+    except (CheckpointError, ConfigError):  # told by whoever opens it
+        return []
+    return [path for path in (found.weights, found.run, found.head) if path is not None]
+
+
 def run_status(run: Path) -> str | None:
     """``status`` of a run's ``run.json``; None where there is none."""
     try:

@@ -74,10 +74,9 @@ def train_head(request: TrainHeadRequest, *, progress: Progress | None = None) -
     config = load_head_config(request, task)
     device = resolve_device(request.device)
     seed_everything(config.seed)
-    inputs = [request.data, *(path for path in (request.labels, request.model, request.splits) if path is not None)]
     with (
         HeldLog() as lines,
-        RunFolder(request.out, COMMAND, lines, overwrite=request.overwrite, inputs=inputs) as folder,
+        RunFolder(request.out, COMMAND, lines, overwrite=request.overwrite, inputs=request.inputs()) as folder,
         stoppable("training a head"),
     ):
         data = read_head_data(request, config, task, progress)

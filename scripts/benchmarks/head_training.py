@@ -79,7 +79,7 @@ def write(folder: Path, features_ND: np.ndarray, labels_N: np.ndarray) -> None:
 
 
 def train(folder: Path, number: int, overrides: tuple[str, ...]) -> float:
-    """Seconds of the training itself."""
+    """Seconds from reading the features to the trained head, calibration and novelty reference included."""
     from medssl_cli.services.train_head import TrainHeadRequest, train_head
 
     epochs = () if "head=logistic" in overrides else (f"epochs={EPOCHS}",)

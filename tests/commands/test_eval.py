@@ -60,6 +60,8 @@ def test_json_is_one_strict_document_on_stdout(
         ((), 2, "--data"),
         (("--predictions", "{p}", "--reference", "{r}", "--split", "test"), 2, "--split"),
         (("--predictions", "{p}", "--reference", "{r}", "batch_size=4"), 2, "batch_size=4"),
+        (("--predictions", "{p}", "--reference", "{r}", "--device", "cuda:9"), 2, "--device: without effect"),
+        (("--predictions", "{p}", "--reference", "{r}", "--on-error", "skip"), 2, "--on-error: without effect"),
         (("--predictions", "{p}", "--reference", "{r}", "--threshold", "1.5"), 2, "--threshold"),
         (("--predictions", "{p}", "--reference", "{r}", "--task", "multiclass"), 2, "one probability"),
         (("--predictions", "{folder}", "--reference", "{r}"), 2, "masks and boxes"),

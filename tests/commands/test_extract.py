@@ -19,6 +19,7 @@ from medssl_cli.services.embedding_config import ExtractConfig
 from medssl_cli.services.extract_case import similarity_map
 
 Medssl = Callable[..., Any]
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 SUMMARY_KEYS = (
     *("input", "output_dir", "num_slices", "stride", "resize", "embedding_dim", "elapsed_s", "gpu_mem_mb"),
     *("cpu_rss_mb", "similarity_map", "similarity_slice_index", "similarity_map_png"),
@@ -217,7 +218,7 @@ def test_a_picture_and_a_dicom_folder_are_one_case(
 
 
 def test_options_of_a_cohort_are_refused_for_one_case(extract: Medssl, ct: Path, ct_run: Path, tmp_path: Path) -> None:
-    for words in (("--pool", "none"), ("--target", "y"), ("--splits", tmp_path), ("views=2",)):
+    for words in (("--pool", "none"), ("--target", "y"), ("--splits", tmp_path), ("views=2",), ("--on-error", "skip")):
         answer = extract(ct, "--model", ct_run, *words)
         assert answer.exit_code == 2
         assert "no effect on a single case" in answer.stderr
@@ -303,11 +304,22 @@ def test_what_is_missing_is_said(medssl: Medssl, extract: Medssl, ct: Path, ct_r
     assert "does not exist" in answer.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_m29_an_absent_device_is_an_error(medssl: Medssl, ct: Path, ct_run: Path, tmp_path: Path) -> None:
-    for words in (("--device", "cuda:9"), ("--device", "cuda"), ("--gpus", "2", "--device", "cuda")):
-        answer = medssl("extract", ct, "--model", ct_run, "--out", tmp_path / "out", *words)
-        assert answer.exit_code == 6, answer.stderr
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("--device", "cuda:9"), marks=pytest.mark.skipif(GPUS > 9, reason="there are ten GPUs")),
+        pytest.param(("--device", "cuda"), marks=pytest.mark.skipif(GPUS > 0, reason="there is a GPU")),
+        pytest.param(
+            ("--gpus", "2", "--device", "cuda"), marks=pytest.mark.skipif(GPUS > 1, reason="there are two GPUs")
+        ),
+    ],
+    ids=" ".join,
+)
+def test_m29_an_absent_device_is_an_error(
+    words: tuple[str, ...], medssl: Medssl, ct: Path, ct_run: Path, tmp_path: Path
+) -> None:
+    answer = medssl("extract", ct, "--model", ct_run, "--out", tmp_path / "out", *words)
+    assert answer.exit_code == 6, answer.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -340,6 +352,21 @@ def test_the_cache_is_told_and_emptied(medssl: Medssl, extract: Medssl, ct: Path
     assert "2 entries removed" in medssl("extract", "--cache-prune", "--model", ct_run, *cache).stdout
     assert "0 entries" in medssl("extract", "--cache-info", *cache).stdout
     assert "13 forward passes" in extract(ct, "--model", ct_run).stdout
+
+
+def test_options_without_effect_on_the_cache_are_refused(medssl: Medssl, tmp_path: Path) -> None:
+    cache, out = ("--cache", tmp_path / "cache"), ("--out", tmp_path / "out")
+    for words, told in (
+        (("x.nii", *out, "--older-than", 0), "--older-than has no effect without --cache-prune"),
+        (("--cache-info", "--older-than", 3), "--older-than would"),
+        (("--cache-info", "--model", tmp_path), "--model would"),
+        (("--cache-info", "--cache-prune"), "--cache-prune would"),
+        (("--cache-prune", "x.nii", *out), "--out, INPUT and KEY=VALUE would"),
+    ):
+        answer = medssl("extract", *words, *cache)
+        assert answer.exit_code == 2, words
+        assert told in answer.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_cache_of_the_environment_is_used_where_none_is_typed(

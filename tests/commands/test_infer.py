@@ -109,6 +109,17 @@ def test_wrong_words_exit_2_and_write_nothing(medssl: Medssl, run: Path, prostat
     assert not (tmp_path / "out").exists()
 
 
+def test_top_k_is_refused_where_nothing_ranks_the_slices(
+    medssl: Medssl, run: Path, prostate_tree: Path, tmp_path: Path
+) -> None:
+    words = ("infer", prostate_tree / "PT-0001", "--out", tmp_path / "out", "--model", run, "--device", "cpu")
+    answer = medssl(*words, "--top-k", 5)
+    assert answer.exit_code == 2
+    assert "--top-k has no effect on a bare backbone without a heat map" in answer.stderr
+    assert not (tmp_path / "out").exists()
+    assert "[default: 5]" in " ".join(medssl("infer", "--help").stdout.split())
+
+
 def test_without_out_each_case_has_a_folder_of_its_own(tmp_path: Path) -> None:
     from medssl_cli.services.infer import default_out
 

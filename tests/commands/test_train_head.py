@@ -219,3 +219,24 @@ def test_a_bad_case_is_listed_with_skip(world: dict[str, Path], medssl: Any, tmp
     assert [row["case_id"] for row in rows] == [bad.name]
     assert rows[0]["fix"]
     assert is_head_run(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        (("train-head", "DATA", "--finetune", "--task", "binary", "--labels", "LABELS", "--target", "label"), "ssl"),
+        (("train-head", "DATA", "--task", "binary", "--labels", "LABELS", "--target", "label"), "ssl"),
+        (("eval", "--data", "HEAD", "--split", "all"), "head"),
+        (("extract", "DATA"), "ssl"),
+    ],
+)
+def test_overwrite_never_empties_the_model_that_was_looked_up(
+    world: dict[str, Path], medssl: Any, words: tuple[str, ...], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDSSL_MODEL", str(world[model]))
+    before = sorted(path for path in world[model].rglob("*") if path.name != ".lock")
+    places = {"DATA": world["data"], "HEAD": world["head"], "LABELS": world["data"] / "labels.csv"}
+    answer = medssl(*(places.get(word, word) for word in words), "--out", world[model], "--overwrite")
+    assert answer.exit_code == 2, answer.stderr
+    assert "more than old results" in answer.stderr or "holds" in answer.stderr
+    assert sorted(path for path in world[model].rglob("*") if path.name != ".lock") == before

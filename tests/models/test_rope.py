@@ -110,6 +110,39 @@ def test_m03_prefix_rests_and_every_sequence_has_the_same_positions() -> None:
     assert torch.equal(table[:, 5:9], RopeEmbedding(16).table((1, 2, 2), 0, CPU))
 
 
+def test_m03_rotation_leaves_queries_and_keys_of_the_prefix_and_turns_those_of_patches() -> None:
+    grid = (2, 3)
+    table = packed_table((RopeEmbedding(16).table((1, *grid), 3, CPU),), ((2, 3 + 6),))  # two pictures
+    generator = torch.Generator().manual_seed(0)
+    for x_TAE in torch.randn(2, 18, 2, 16, generator=generator):  # queries, then keys
+        turned = rotate(x_TAE, table).unflatten(0, (2, 9))
+        given = x_TAE.unflatten(0, (2, 9))
+        assert torch.equal(turned[:, :3], given[:, :3])
+        assert ((turned[:, 3:] - given[:, 3:]).abs().amax(-1) > 1e-2).all()
+        torch.testing.assert_close(turned.norm(dim=-1), given.norm(dim=-1))
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_m03_attention_rotates_queries_and_keys_of_patches_only(
+    registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watched(x_TAE: Tensor, table: Tensor) -> Tensor:
+        seen.append((x_TAE, rotate(x_TAE, table)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(layers, "rotate", watched)
+    with torch.no_grad():
+        rope_vit(num_register_tokens=registers)(images(1, 3, 32, 32))
+    assert len(seen) == 4  # queries and keys of two blocks
+    prefix = 1 + registers
+    for before, after in seen:
+        assert len(before) == prefix + 16
+        assert torch.equal(after[:prefix], before[:prefix])
+        assert (after[prefix:] != before[prefix:]).flatten(1).any(1).all()
+
+
 def test_tables_are_kept_and_serve_training_after_inference() -> None:
     rope = RopeEmbedding(16, base=97.0)
     with torch.inference_mode():

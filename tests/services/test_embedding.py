@@ -20,6 +20,7 @@ from medssl_cli.core.case import Case, Sequence
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, MedsslError, NonFiniteError
 from medssl_cli.core.run import digest_of
 from medssl_cli.data.feature_cache import FeatureCache
+from medssl_cli.services import embedding_config
 from medssl_cli.services.backbone import Backbone, Planes, open_backbone
 from medssl_cli.services.embedding import CaseVectors, Embedder, ExtractConfig, embedder_of, pooled
 from medssl_cli.services.heatmaps import InferConfig, look
@@ -490,6 +491,22 @@ def test_m16_each_change_is_computed_anew_and_nothing_else(
     }.items():
         expected = 0 if field == "windows_hu" else 5  # equal to what it was
         assert passes(replace(three, **{field: value}), case, cache) == expected, field
+
+
+def test_m16_the_schema_of_the_code_and_the_architecture_are_in_the_key(
+    one: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other code may compute other numbers of the same weights, and so may another architecture of one digest."""
+    case, cache = case_of(ax_t2wi=save(tmp_path / "a.nii.gz", noise())), tmp_path / "cache"
+    assert passes(one, case, cache) == 5
+    other = replace(one, card={**one.card, "arch": f"{one.card['arch']}_of_another_kind"})
+    for expected in (5, 0):
+        assert passes(other, case, cache) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding_config, "SCHEMA", embedding_config.SCHEMA + 1)
+        for expected in (5, 0):
+            assert passes(one, case, cache) == expected
+    assert passes(one, case, cache) == 0  # what was there is still there
 
 
 def test_m16_the_orientation_is_in_the_key(head_ct: Backbone, tmp_path: Path) -> None:

@@ -568,6 +568,29 @@ def test_a_bare_backbone_and_missing_data_are_refused(tmp_path: Path, features: 
         )
 
 
+def test_a_threshold_that_decides_nothing_is_refused(tmp_path: Path, features: Path) -> None:
+    for task in ("multiclass", "regression"):
+        card = {"task": task, "outputs": 3, "classes": ["a", "b", "c"], "targets": ["cancer"], "thresholds": None}
+        if task == "regression":
+            card = {"task": task, "thresholds": None, "units": ["mm"], "target_mean": [0.0], "target_std": [1.0]}
+        request = EvaluateRequest(
+            tmp_path / "out", model=write_head(tmp_path / task, **card), data=features, threshold=0.3
+        )
+        with pytest.raises(ConfigError, match=f"no effect on predictions of the task {task}") as caught:
+            evaluate(request)
+        assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="of the task regression"):
+        files(tmp_path, [1.5, 2.5, 3.0], [1.0, 2.0, 3.5], task="regression", threshold=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_skipping_bad_images_is_refused_for_stored_features(tmp_path: Path, features: Path) -> None:
+    request = EvaluateRequest(tmp_path / "out", model=write_head(tmp_path / "head"), data=features, on_error="skip")
+    with pytest.raises(ConfigError, match="no effect on stored features") as caught:
+        evaluate(request)
+    assert caught.value.where.startswith("--on-error;")
+
+
 def test_m29_an_absent_device_is_an_error(tmp_path: Path, features: Path) -> None:
     request = EvaluateRequest(tmp_path / "out", model=write_head(tmp_path / "head"), data=features, device="cuda:9")
     with pytest.raises(ResourceError, match="cuda:9 is absent"):

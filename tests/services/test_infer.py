@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from constructed import large_cases, peak_mib, survivors
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from medssl_cli.core.case import Case, Sequence
@@ -310,6 +311,12 @@ def test_similarity_slice_and_patch_can_be_named(tmp_path: Path, run_t2: Path) -
     assert (summary["similarity_slice_index"], summary["similarity_reference_patch"]) == (3, [1, 4])
     assert list(np.load(tmp_path / "out/slice_indices.npy")) == [0, 2, 3, 4]
     assert np.load(tmp_path / "out/similarity_map.npy")[1, 4] == 1.0
+    keys = ("sim_slice=-1", "sim_patch=1,4")  # as `medssl extract` takes them
+    (summary,) = run_infer(tmp_path / "out", run_t2, file, overrides=keys)
+    assert (summary["similarity_slice_index"], summary["similarity_reference_patch"]) == (2, [1, 4])
+    (middle,) = run_infer(tmp_path / "out", run_t2, file)
+    (summary,) = run_infer(tmp_path / "out", run_t2, file, overrides=("sim_patch=center",))
+    assert summary["similarity_reference_patch"] == middle["similarity_reference_patch"]
     for key, code in (("sim_slice=5", "sim_slice_outside"), ("sim_patch=[4,0]", "sim_patch_outside")):
         with pytest.raises(DataError) as caught:
             run_infer(tmp_path / "out", run_t2, file, overrides=(key,))
@@ -595,22 +602,19 @@ def test_two_commands_on_one_folder_are_told_apart(tmp_path: Path, run_t2: Path)
             run_infer(tmp_path / "out", run_t2, file)
 
 
+def test_r18_nothing_of_finished_cases_is_kept(tmp_path: Path, run_t2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = survivors(monkeypatch)
+    cases = [save(tmp_path / f"P{n}/ax_t2wi.nii.gz", planted(seed=n)).parent for n in range(4)]
+    run_infer(tmp_path / "out", run_t2, *cases, heatmap=True)
+    assert counts == [0] * 4
+
+
 @pytest.mark.slow
 def test_r18_memory_does_not_grow_with_the_cases(tmp_path: Path, run_t2: Path) -> None:
-    for n in range(36):
-        save(tmp_path / f"cases/P{n:02d}/ax_t2wi.nii.gz", planted(seed=n))
-    script = (
-        "import sys, resource\nfrom pathlib import Path\nfrom medssl_cli.services.infer import InferRequest, infer\n"
-        "cases = tuple(map(str, sorted(Path(sys.argv[1]).iterdir())[: int(sys.argv[4])]))\n"
-        "infer(InferRequest(cases, model=Path(sys.argv[2]), out=Path(sys.argv[3]), heatmap=True, device='cpu'))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    peaks = []
-    for count in (4, 36):
-        words = [str(tmp_path / "cases"), str(run_t2), str(tmp_path / f"out{count}"), str(count)]
-        answer = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
-        peaks.append(int(answer.stdout) / 1024)
-    assert peaks[1] < peaks[0] + 25, peaks
+    """The 12 cases more have 48 MiB of images."""
+    folder = large_cases(tmp_path, 14, "ax_t2wi")
+    few, many = (peak_mib(folder, run_t2, tmp_path / f"out{count}", count, "stride=16") for count in (2, 14))
+    assert many < few + 25
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

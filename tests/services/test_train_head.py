@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
 from medssl_cli.data.feature_store import FeaturePart, FeatureSet, ImageFacts, Row, read_features, write_features
 from medssl_cli.metrics.classification import knn_probabilities
 from medssl_cli.models.feature_heads import VectorHead
-from medssl_cli.services import head_data
+from medssl_cli.services import head_data, head_training
 from medssl_cli.services.head import Head, load_head, pooled, probabilities
 from medssl_cli.services.head_config import HeadConfig
 from medssl_cli.services.head_fitting import fit_head
@@ -173,6 +175,37 @@ def test_w04_the_test_part_is_never_opened(
     assert "test" not in summary_of(run)["parts_opened"]
 
 
+def test_w04_the_test_part_of_raw_data_is_never_read(
+    train: Callable[..., Path], tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    """The same weights with test pictures that cannot be read, and the same once their labels are swapped."""
+    model = write_run(tmp_path / "model", None)
+    whole = tmp_path / "whole"
+    for number, (name, count) in enumerate({"train": 12, "val": 8, "test": 4}.items()):
+        for k in range(count):
+            image = np.random.default_rng((number, k)).integers(0, 120, (32, 32)).astype(np.uint8)
+            image[8 * (k % 2) :][:8] += 100
+            folder = whole / name / ("up" if k % 2 else "down")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{name}{k}.png")
+    cut, swapped = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("cut", "swapped"))
+    for path in (cut / "test").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    for before, after in (("up", "moved"), ("down", "up"), ("moved", "down")):
+        (swapped / "test" / before).rename(swapped / "test" / after)
+    runs = [
+        train(data, "binary", "head=mlp", "epochs=3", out=f"of_{data.name}", model=model, cache=tmp_path / data.name[0])
+        for data in (whole, cut, swapped)
+    ]
+    for name in ("best.safetensors", "last.safetensors"):
+        assert len({(run / name).read_bytes() for run in runs}) == 1
+    for run in runs:
+        with (run / "cases.csv").open() as file:
+            assert [row["part"] for row in csv.DictReader(file)] == ["train"] * 12 + ["val"] * 8
+        assert summary_of(run)["history"] == summary_of(runs[0])["history"]
+        assert "test" not in summary_of(run)["parts_opened"]
+
+
 @pytest.mark.parametrize("head", ["mlp", "logistic", "knn", "linear"])
 def test_m24_the_same_seed_gives_identical_weights(binary: Path, train: Callable[..., Path], head: str) -> None:
     first = train(binary, "binary", f"head={head}", out="a")
@@ -265,6 +298,40 @@ def test_m23_one_criterion_for_the_whole_run(make: Make, train: Callable[..., Pa
     assert summary["selection"]["epoch"] == 1 + int(np.argmin(losses))
     assert summary["best_score"] == min(losses)
     assert all(entry["val_macro_auroc"] is None for entry in summary["history"])
+
+
+@pytest.mark.parametrize(
+    ("areas", "chosen"),
+    [([math.nan, 0.6, 0.8, 0.7], 3), ([0.6, math.nan, 0.4, 0.5], 1), ([math.nan] * 4, 1)],
+    ids=["first", "middle", "all"],
+)
+def test_m23_an_epoch_without_the_criterion_is_not_judged_by_another(
+    binary: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, areas: list[float], chosen: int
+) -> None:
+    """The area is scripted and the loss falls throughout: `AUROC if finite, else -loss` takes the last of four NaN."""
+    seen: list[bytes] = []
+    scores: list[tuple[str, float]] = []
+    score_of = head_training.selection_score
+
+    def scripted(values: np.ndarray, *_rest: Any) -> float:
+        if values.tobytes() not in seen:
+            seen.append(values.tobytes())
+        return areas[seen.index(values.tobytes())]
+
+    def recorded(criterion: Any, *rest: Any) -> float:
+        scores.append((criterion, score_of(criterion, *rest)))
+        return scores[-1][1]
+
+    monkeypatch.setattr(head_training, "macro_auroc", scripted)
+    monkeypatch.setattr(head_training, "selection_score", recorded)
+    summary = summary_of(train(binary, "binary", "head=mlp", "epochs=4", "lr=0.001"))
+    losses = [entry["val_loss"] for entry in summary["history"]]
+    assert losses == sorted(losses, reverse=True)
+    assert [criterion for criterion, _ in scores] == ["auroc"] * 4
+    np.testing.assert_array_equal([score for _, score in scores], areas)
+    assert summary["selection"]["criterion"] == "auroc"
+    assert summary["selection"]["epoch"] == chosen
+    assert summary["best_score"] == (None if math.isnan(areas[chosen - 1]) else areas[chosen - 1])
 
 
 def test_the_epoch_with_the_highest_score_is_kept(binary: Path, train: Callable[..., Path]) -> None:
