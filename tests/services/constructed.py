@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -130,28 +127,3 @@ def survivors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(infer_module, "_looked_at", watched)
     return counts
-
-
-def peak_mib(folder: Path, model: Path, out: Path, count: int, *overrides: str) -> float:
-    """The most memory of a process that looks at the first ``count`` cases of a folder."""
-    script = (
-        "import sys, resource\nfrom pathlib import Path\nfrom medssl_cli.services.infer import InferRequest, infer\n"
-        "folder, model, out, count, *overrides = sys.argv[1:]\n"
-        "cases = tuple(map(str, sorted(Path(folder).iterdir())[: int(count)]))\n"
-        "infer(InferRequest(cases, tuple(overrides), Path(model), heatmap=True, out=Path(out), device='cpu'))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    words = [sys.executable, "-c", script, *map(str, (folder, model, out, count)), *overrides]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout) / 1024
-
-
-def large_cases(folder: Path, count: int, *sequences: str) -> Path:
-    """Cases whose volumes take 4 MiB each once read; all are one and the same."""
-    source = save(
-        folder / "source.nii.gz", np.random.default_rng(0).integers(100, 140, (128, 128, 64)).astype(np.int16)
-    )
-    for n in range(count):
-        (folder / f"cases/P{n:02d}").mkdir(parents=True)
-        for name in sequences:
-            os.link(source, folder / f"cases/P{n:02d}/{name}.nii.gz")
-    return folder / "cases"

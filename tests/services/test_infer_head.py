@@ -12,9 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from constructed import (
-    large_cases,
     noise,
-    peak_mib,
     read_contrast,
     run_infer,
     save,
@@ -548,15 +546,6 @@ def test_r18_nothing_of_finished_cases_is_kept(
     cases = [Path(shutil.copytree(case, tmp_path / f"cases/P{n}")) for n in range(4)]
     run_infer(tmp_path / "out", head_run, *cases, heatmap=True)
     assert counts == [0] * 4
-
-
-@pytest.mark.slow
-def test_r18_memory_does_not_grow_with_the_cases(run: Path, tmp_path: Path) -> None:
-    """The 10 cases more have 80 MiB of images."""
-    head = write_head(tmp_path / "head", run, extraction=ExtractConfig(resize=32, stride=16))
-    folder = large_cases(tmp_path, 12, "ax_t2wi", "ax_adc")
-    few, many = (peak_mib(folder, head, tmp_path / f"out{count}", count) for count in (2, 12))
-    assert many < few + 40
 
 
 def test_weights_of_an_attention_head_are_written(run: Path, case: Path, tmp_path: Path) -> None:
