@@ -51,7 +51,7 @@ from medssl_cli.services.evaluate_request import (
     chosen_thresholds,
     refuse_needless_threshold,
 )
-from medssl_cli.services.extract_cohort import Cohort, read_cohort
+from medssl_cli.services.extract_cohort import Cohort, asked_cohort
 from medssl_cli.services.extract_features import (
     CLASS_FOLDER,
     Pool,
@@ -292,15 +292,7 @@ def _computed(request: EvaluateRequest, config: EvaluateConfig, data: Path, prog
             fix="leave it out",
             code="flags_without_effect",
         )
-    cohort = read_cohort(
-        data,
-        embedder.backbone,
-        split_csv=request.split_csv,
-        splits=request.splits,
-        sequence=request.sequence,
-        labels=request.labels,
-        on_error=request.on_error,
-    )
+    cohort = asked_cohort(data, embedder.backbone, request)
     asked = request.split or DEFAULT_SPLIT
     listed = request.split_csv is not None
     part_name = next(iter(cohort.parts)) if listed else _part_name(tuple(cohort.parts), asked, data)
@@ -331,7 +323,7 @@ def _computed_part(
     pool: Pool = head.pool_mode if head.pool_mode in ("mean", "meanmax") else "none"
     source = find_labels(cohort, request.labels, _sought(request, head, cohort.root), pool)
     cases, sink = cohort.parts[name], RowsInMemory()
-    failed = fill(sink, name, cases, cohort, embedder, pool, None, request.on_error, Steps(progress, len(cases)))
+    failed = fill(sink, name, cases, cohort, embedder, pool, request.on_error, Steps(progress, len(cases)))
     refuse_empty({name: sink}, {name: failed})
     arrays, values = encode(source, {name: sink.rows})
     unread = [failure for where, found in cohort.invalid.items() if where in (name, ALL) for failure in found]

@@ -42,7 +42,7 @@ from medssl_cli.services.backbone import Backbone, open_backbone
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.embedding_config import ExtractConfig
 from medssl_cli.services.extract_case import CASE_FILES, ExtractedCase
-from medssl_cli.services.extract_cohort import Cohort, OnError, is_cohort, read_cohort
+from medssl_cli.services.extract_cohort import Cohort, OnError, asked_cohort, is_cohort
 from medssl_cli.services.extract_features import (
     Counts,
     Failed,
@@ -223,17 +223,7 @@ def _extract_cohort(
     """Features of all cases, in their splits and with their labels."""
     _refuse_case_options(embedder.config)
     pool = request.pool or "mean"
-    cohort = from_first(
-        lambda: read_cohort(
-            request.input,
-            embedder.backbone,
-            split_csv=request.split_csv,
-            splits=request.splits,
-            sequence=request.sequence,
-            labels=request.labels,
-            on_error=request.on_error,
-        )
-    )
+    cohort = from_first(lambda: asked_cohort(request.input, embedder.backbone, request))
     check_views(cohort, embedder)
     found: list[LabelSource] = []
     from_first(lambda: found.append(find_labels(cohort, request.labels, request.targets, pool)))
@@ -263,7 +253,7 @@ def _fill_cache(cohort: Cohort, embedder: Embedder, on_error: OnError, progress:
     def compute() -> None:
         for name in cohort.parts:
             cases = [case for part, case in mine if part == name]
-            for _, view, vectors in vectors_of(cases, embedder, views_of(name, cohort, embedder), None):
+            for _, view, vectors in vectors_of(cases, embedder, views_of(name, cohort, embedder)):
                 if isinstance(vectors, Exception) and on_error == "stop":
                     raise vectors
                 if view == 0:
@@ -323,7 +313,7 @@ def _write_rows(
     steps = Steps(progress, len(cohort.cases))
     for name, cases in cohort.parts.items():
         with PartWriter(folder, name, width) as writers[name]:
-            failed[name] = fill(writers[name], name, cases, cohort, embedder, pool, None, on_error, steps)
+            failed[name] = fill(writers[name], name, cases, cohort, embedder, pool, on_error, steps)
     return writers, failed
 
 

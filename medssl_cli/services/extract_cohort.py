@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.case import Sequence as CaseSequence
@@ -63,6 +63,43 @@ class Cohort:
     def cases(self) -> list[Case]:
         """Of all splits."""
         return [case for cases in self.parts.values() for case in cases]
+
+
+class CohortOptions(Protocol):
+    """The options by which every command chooses the cases of a cohort; see ``read_cohort``."""
+
+    @property
+    def split_csv(self) -> Path | None:
+        """One list of cases."""
+
+    @property
+    def splits(self) -> Path | None:
+        """Folder of lists."""
+
+    @property
+    def sequence(self) -> str | None:
+        """The one sequence to read."""
+
+    @property
+    def labels(self) -> Path | None:
+        """Table that may tell patients."""
+
+    @property
+    def on_error(self) -> OnError:
+        """What a bad case does."""
+
+
+def asked_cohort(root: Path, backbone: Backbone, options: CohortOptions) -> Cohort:
+    """``read_cohort`` with the options of a command, all of them: one that is forgotten may let patients leak."""
+    return read_cohort(
+        root,
+        backbone,
+        split_csv=options.split_csv,
+        splits=options.splits,
+        sequence=options.sequence,
+        labels=options.labels,
+        on_error=options.on_error,
+    )
 
 
 def read_cohort(

@@ -119,55 +119,37 @@ def features_of(
     embedder: Embedder,
     *,
     pool: Pool,
-    labels: Path | None = None,
-    targets: tuple[str, ...] = (),
-    parts: Sequence[str] | None = None,
-    shown: tuple[str, ...] | None = None,
+    source: LabelSource,
     on_error: OnError = "stop",
     progress: Progress | None = None,
-) -> FeatureSet:
+) -> tuple[FeatureSet, list[Failed]]:
     """Vectors and labels of a cohort in memory; nothing is written but the cache of the embedder.
 
     Args:
-        cohort: From ``read_cohort``.
+        cohort: The parts to be computed, from ``read_cohort``.
         embedder: Makes the vectors.
         pool: One row a case (mean, meanmax), or one a slice (none).
-        labels: Table of labels; else those that the data bring.
-        targets: Its columns.
-        parts: Splits to compute; all if None.
-        shown: Sequences that count; the others become mask tokens.
-        on_error: Whether a bad case stops, or is left out and told of in ``info["invalid_report"]``.
+        source: Where labels come from, from ``find_labels``.
+        on_error: Whether a bad case stops, or is left out and told of.
         progress: Told cases done and in all.
 
+    Returns:
+        The features, and all cases that could not be read.
+
     Raises:
-        ConfigError: Labels without a column, or the other way round.
         DataError: A bad case (with ``stop``), labels that fit no case, or no case left.
     """
-    check_views(cohort, embedder)
-    chosen = _chosen(cohort, parts)
-    source = find_labels(cohort, labels, targets, pool)
-    sinks: dict[str, RowsInMemory] = {}
-    failed: dict[str, list[Failed]] = {}
-    steps = Steps(progress, sum(map(len, chosen.values())))
-    for name, cases in chosen.items():
-        sinks[name] = RowsInMemory()
-        failed[name] = fill(sinks[name], name, cases, cohort, embedder, pool, shown, on_error, steps)
+    steps = Steps(progress, len(cohort.cases))
+    sinks = {name: RowsInMemory() for name in cohort.parts}
+    failed = {
+        name: fill(sinks[name], name, cases, cohort, embedder, pool, on_error, steps)
+        for name, cases in cohort.parts.items()
+    }
     refuse_empty(sinks, failed)
     arrays, values = encode(source, {name: sink.rows for name, sink in sinks.items()})
     info = feature_info(cohort, embedder, pool, source, values, failed)
-    return features_in_memory(info, [sink.part(name, arrays[name]) for name, sink in sinks.items() if sink.rows])
-
-
-def _chosen(cohort: Cohort, parts: Sequence[str] | None) -> dict[str, list[Case]]:
-    absent = [name for name in parts or () if name not in cohort.parts]
-    if absent:
-        raise DataError(
-            f"The data have no part {' or '.join(absent)}.",
-            where=f"{hide_home(str(cohort.root))}: {', '.join(cohort.parts)}",
-            fix="name the folder of `medssl split` with --splits",
-            code="part_missing",
-        )
-    return {name: cohort.parts[name] for name in (cohort.parts if parts is None else parts)}
+    parts = [sink.part(name, arrays[name]) for name, sink in sinks.items() if sink.rows]
+    return features_in_memory(info, parts), [bad for found in all_failures(cohort, failed).values() for bad in found]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -195,7 +177,6 @@ def fill(
     cohort: Cohort,
     embedder: Embedder,
     pool: Pool,
-    shown: tuple[str, ...] | None,
     on_error: OnError,
     steps: Steps,
 ) -> list[Failed]:
@@ -206,7 +187,7 @@ def fill(
     """
     failed: dict[str, Failed] = {}
     base = cohort.root if cohort.root.is_dir() else cohort.root.parent
-    for case, view, found in vectors_of(cases, embedder, views_of(name, cohort, embedder), shown):
+    for case, view, found in vectors_of(cases, embedder, views_of(name, cohort, embedder)):
         if isinstance(found, DataError):
             if on_error == "stop":
                 raise found
@@ -221,7 +202,7 @@ def fill(
 
 
 def vectors_of(
-    cases: Sequence[Case], embedder: Embedder, views: int, shown: tuple[str, ...] | None
+    cases: Sequence[Case], embedder: Embedder, views: int, shown: tuple[str, ...] | None = None
 ) -> Iterator[tuple[Case, int, CaseVectors | DataError]]:
     """(case, view, vectors or what is wrong with the case); any other error is raised."""
     stream = embedder.embed_many(cases, shown=shown, views=views)

@@ -22,7 +22,7 @@ from medssl_cli.data.feature_store import ALL, FeaturePart, Row, is_features
 from medssl_cli.data.manifest import split_digest
 from medssl_cli.services.backbone import Backbone
 from medssl_cli.services.embedding import Embedder
-from medssl_cli.services.extract_cohort import Cohort, read_cohort
+from medssl_cli.services.extract_cohort import Cohort, asked_cohort
 from medssl_cli.services.extract_features import check_has_labels, encode, find_labels
 from medssl_cli.services.finetune_config import FinetuneConfig, settle
 from medssl_cli.services.finetune_training import Labelled as LabelledCases
@@ -94,15 +94,7 @@ def read_job(request: TrainHeadRequest, backbone: Backbone, config: FinetuneConf
         DataError: Bad cases (with ``on_error: stop``), missing or contradicting labels, or patients on both sides.
     """
     _refuse_features(request)
-    cohort = read_cohort(
-        request.data,
-        backbone,
-        split_csv=request.split_csv,
-        splits=request.splits,
-        sequence=request.sequence,
-        labels=request.labels,
-        on_error=request.on_error,
-    )
+    cohort = asked_cohort(request.data, backbone, request)
     config = settle(config, backbone, pictures=cohort.kind == "images")
     embedder = Embedder(backbone, config.extract)
     parts, names, values = _labelled(request, cohort)

@@ -18,7 +18,7 @@ from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import hide_home, seed_for
 from medssl_cli.core.wording import counted
 from medssl_cli.data.feature_cache import FeatureCache
-from medssl_cli.data.feature_store import ALL, FeaturePart, FeatureSet, features_in_memory, is_features, read_features
+from medssl_cli.data.feature_store import ALL, FeaturePart, FeatureSet, is_features, read_features
 from medssl_cli.data.labels import encode_columns, read_patients, read_targets
 from medssl_cli.data.manifest import say_some, split_digest
 from medssl_cli.data.split import Item, split_items
@@ -26,19 +26,13 @@ from medssl_cli.data.store import default_cache
 from medssl_cli.services.backbone import open_backbone
 from medssl_cli.services.devices import resolve_device
 from medssl_cli.services.embedding import Embedder
-from medssl_cli.services.extract_cohort import Cohort, read_cohort
+from medssl_cli.services.extract_cohort import asked_cohort
 from medssl_cli.services.extract_features import (
     Pool,
-    RowsInMemory,
-    Steps,
-    all_failures,
     check_has_labels,
     check_views,
-    encode,
-    feature_info,
-    fill,
+    features_of,
     find_labels,
-    refuse_empty,
 )
 from medssl_cli.services.head_config import HeadConfig, Task
 from medssl_cli.services.head_request import TrainHeadRequest
@@ -202,44 +196,22 @@ def _made_features(
         )
     log.info("%s holds no features: vectors are made of it as raw data", hide_home(str(request.data)))
     backbone = open_backbone(find_model(request.model), resolve_device(request.device))
-    cohort = read_cohort(
-        request.data,
-        backbone,
-        split_csv=request.split_csv,
-        splits=request.splits,
-        sequence=request.sequence,
-        labels=request.labels,
-        on_error=request.on_error,
-    )
+    cohort = asked_cohort(request.data, backbone, request)
     _refuse_no_training(tuple(cohort.parts), request.data)
     used = {name: cases for name, cases in cohort.parts.items() if name in _USED}
     invalid = {name: found for name, found in cohort.invalid.items() if name in _USED}
     embedder = Embedder(backbone, config.extract, FeatureCache(default_cache(request.cache)))
     by_slice = config.kind(task) == "attention_mil" or config.level == "slice"
     pool: Pool = "none" if by_slice else "meanmax" if config.pool == "meanmax" else "mean"
-    features, failures = _vectors(replace(cohort, parts=used, invalid=invalid), embedder, pool, request, progress)
+    seen = replace(cohort, parts=used, invalid=invalid)
+    check_views(seen, embedder)
+    source = find_labels(seen, request.labels, request.target, pool)
+    check_has_labels(source, seen)
+    features, failed = features_of(
+        seen, embedder, pool=pool, source=source, on_error=request.on_error, progress=progress
+    )
+    failures = tuple((bad.case_id, bad.path, bad.reason, bad.fix) for bad in failed)
     return features, failures, "test" in cohort.parts
-
-
-def _vectors(
-    cohort: Cohort, embedder: Embedder, pool: Pool, request: TrainHeadRequest, progress: Progress | None
-) -> tuple[FeatureSet, tuple[Failure, ...]]:
-    """Features of a cohort, and the cases that could not be read."""
-    check_views(cohort, embedder)
-    source = find_labels(cohort, request.labels, request.target, pool)
-    check_has_labels(source, cohort)
-    steps = Steps(progress, len(cohort.cases))
-    sinks = {name: RowsInMemory() for name in cohort.parts}
-    failed = {
-        name: fill(sinks[name], name, cases, cohort, embedder, pool, None, request.on_error, steps)
-        for name, cases in cohort.parts.items()
-    }
-    refuse_empty(sinks, failed)
-    arrays, values = encode(source, {name: sink.rows for name, sink in sinks.items()})
-    info = feature_info(cohort, embedder, pool, source, values, failed)
-    failures = [bad for found in all_failures(cohort, failed).values() for bad in found]
-    parts = [sink.part(name, arrays[name]) for name, sink in sinks.items() if sink.rows]
-    return features_in_memory(info, parts), tuple((bad.case_id, bad.path, bad.reason, bad.fix) for bad in failures)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

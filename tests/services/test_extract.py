@@ -22,13 +22,13 @@ from PIL import Image
 
 from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
 from medssl_cli.data.feature_cache import FeatureCache
-from medssl_cli.data.feature_store import FeatureSet, read_features
+from medssl_cli.data.feature_store import read_features
 from medssl_cli.services.backbone import Backbone, open_backbone
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.embedding_config import ExtractConfig
 from medssl_cli.services.extract import ExtractRequest, extract
 from medssl_cli.services.extract_cohort import read_cohort
-from medssl_cli.services.extract_features import features_of
+from medssl_cli.services.extract_features import features_of, find_labels, vectors_of
 from medssl_cli.services.lookup import find_model
 from medssl_cli.services.split import split
 
@@ -715,9 +715,12 @@ def test_features_in_memory_equal_those_on_disk(
 ) -> None:
     run(prostate_tree, tmp_path, runs["prostate"], cache, splits=splits, targets=("label",))
     backbone = opened(runs["prostate"])
-    cohort = read_cohort(prostate_tree, backbone, splits=splits)
+    whole = read_cohort(prostate_tree, backbone, splits=splits)
+    cohort = replace(whole, parts={name: whole.parts[name] for name in ("train", "test")})
     embedder = Embedder(backbone, ExtractConfig(), FeatureCache(cache))
-    held = features_of(cohort, embedder, pool="mean", targets=("label",), parts=("train", "test"))
+    source = find_labels(cohort, None, ("label",), "mean")
+    held, failed = features_of(cohort, embedder, pool="mean", source=source)
+    assert failed == []
     stored = read_features(tmp_path)
     assert held.names == ("train", "test")
     for name in held.names:
@@ -733,21 +736,21 @@ def test_a_part_that_is_not_asked_for_is_not_looked_at(
     prostate_tree: Path, splits: Path, runs: dict[str, Path]
 ) -> None:
     backbone = opened(runs["prostate"])
-    cohort = read_cohort(prostate_tree, backbone, splits=splits)
+    whole = read_cohort(prostate_tree, backbone, splits=splits)
+    cohort = replace(whole, parts={"val": whole.parts["val"]})
     embedder = Embedder(backbone, ExtractConfig())
-    found: FeatureSet = features_of(cohort, embedder, pool="mean", parts=("val",))
+    found, _ = features_of(cohort, embedder, pool="mean", source=find_labels(cohort, None, (), "mean"))
     assert embedder.forward_passes == 12 * len(cohort.parts["val"])
     with pytest.raises(DataError):
         found.part("test")
-    with pytest.raises(DataError) as caught:
-        features_of(replace(cohort, parts={"val": cohort.parts["val"]}), embedder, pool="mean", parts=("test",))
-    assert caught.value.code == "part_missing"
 
 
 def test_hidden_sequences_change_the_vectors(prostate_tree: Path, runs: dict[str, Path]) -> None:
     backbone = opened(runs["prostate"])
     cohort = read_cohort(prostate_tree, backbone)
     embedder = Embedder(backbone, ExtractConfig(max_slices=1))
-    every = features_of(cohort, embedder, pool="mean").part("all").embeddings_RP
-    t2_only = features_of(cohort, embedder, pool="mean", shown=("ax_t2wi",)).part("all").embeddings_RP
-    assert np.abs(every - t2_only).max() > 1e-3
+    every, t2_only = (
+        [found.slices_ND for _, _, found in vectors_of(cohort.cases, embedder, 1, shown)]
+        for shown in (None, ("ax_t2wi",))
+    )
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(every, t2_only, strict=True))
