@@ -1,18 +1,38 @@
 """Shapes of data shared by neighbouring floors.
 
 Letters: B samples, V crops (2B global, or n*B local, view-major: all samples of view 1, then of view 2), S sequences,
-H W space, N patch tokens of one image of one sequence, D width.
+H W space, N patch tokens of one image of one sequence, D width, K neighbouring slices, C outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+IGNORE_LABEL = 255
+"""Class of the pixels that count nowhere, neither in a loss nor in a metric: padding, and what nobody has labelled."""
+
+
+class Loaded(Protocol):
+    """A batch as the loader yields it and as the objective takes it: what the trainer has to know of both."""
+
+    case_ids: list[str]
+
+    @property
+    def images_BSHW(self) -> Tensor:
+        """Images, one row a sample."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on ``device``."""
+
+    def finite_samples(self) -> Tensor:
+        """(B,) bool: which samples hold finite numbers alone."""
 
 
 @dataclass
@@ -53,6 +73,10 @@ class SliceBatch:
             roi_BHW=None if self.roi_BHW is None else self.roi_BHW.pin_memory(),
         )
 
+    def finite_samples(self) -> Tensor:
+        """(B,) bool: which slices hold finite numbers alone."""
+        return self.images_BSHW.isfinite().flatten(1).all(1)
+
 
 @dataclass
 class Batch:
@@ -73,6 +97,55 @@ class Batch:
     available_BS: Tensor
     case_ids: list[str] = field(default_factory=list)
     labels_B: Tensor | None = None
+
+    def finite_samples(self) -> Tensor:
+        """(B,) bool: which samples have finite crops alone. Crops are view-major: crop v*B + b is of sample b."""
+        count = len(self.available_BS)
+        views = [self.global_VSHW] if self.local_VSHW is None else [self.global_VSHW, self.local_VSHW]
+        finite_B = [crops.isfinite().flatten(1).all(1).view(-1, count).all(0) for crops in views]
+        return finite_B[0] if len(finite_B) == 1 else finite_B[0] & finite_B[1]
+
+
+@dataclass
+class LabelledBatch:
+    """Images with a class for every pixel, as the loader yields them and, after random changes, as a network sees them.
+
+    Args:
+        images_BSHW: float32; in [0, 1] from the loader, normalised for the network. With K neighbouring slices the
+            channels are slice-major: all sequences of the first slice, then of the next. Zero-padded at the bottom
+            and right to the largest sample.
+        label_map_BHW: int64 class of each pixel, 0 background, ``IGNORE_LABEL`` where none counts and in the padding.
+        available_BS: bool, which sequences exist, (B, S) also with several slices.
+        sizes_B2: int64 (height, width) of the true region of each sample.
+        case_ids: One a sample, for messages.
+    """
+
+    images_BSHW: Tensor
+    label_map_BHW: Tensor
+    available_BS: Tensor
+    sizes_B2: Tensor
+    case_ids: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The same batch on ``device``; pinned memory is copied without waiting."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> LabelledBatch:
+        """The same batch in page-locked memory; called by the loader."""
+        return self._each(lambda part: part.pin_memory())
+
+    def finite_samples(self) -> Tensor:
+        """(B,) bool: which samples hold finite numbers alone."""
+        return self.images_BSHW.isfinite().flatten(1).all(1)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LabelledBatch:
+        return replace(
+            self,
+            images_BSHW=change(self.images_BSHW),
+            label_map_BHW=change(self.label_map_BHW),
+            available_BS=change(self.available_BS),
+            sizes_B2=change(self.sizes_B2),
+        )
 
 
 @dataclass
@@ -111,10 +184,20 @@ class Backbone(Protocol):
         """Crops of several sizes in one pass: the same numbers as one ``forward`` for each, computed together."""
 
 
+class SegmentationNetwork(Protocol):
+    """Images to one logit for each pixel and output: one output for one structure, else one a class with background."""
+
+    def forward(self, images_BSHW: Tensor, available_BS: Tensor | None = None) -> Tensor | list[Tensor]:
+        """(B, S, H, W) -> logits (B, C, H, W); in training with deep supervision a list, the finest first."""
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """Modules with a gradient norm of their own, by name: ``network``, or ``backbone`` and ``decoder``."""
+
+
 class Objective(Protocol):
     """What the engine trains."""
 
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, batch: Any, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Weighted scalar terms of one batch; the trainer adds them. ``values`` holds this step's schedules."""
 
     def after_step(self, values: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import ConfigError, Interrupted, MedsslError, ResourceError
-from medssl_cli.core.protocols import Batch, Objective
+from medssl_cli.core.protocols import Objective
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -500,7 +500,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 class Parallel(Protocol):
     """How the losses of a batch are computed and the gradients of the processes become one."""
 
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, batch: Any, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Terms of this process's part of the batch."""
 
     def synchronising(self, last: bool) -> AbstractContextManager[Any]:
@@ -519,7 +519,7 @@ class Alone:
 
     objective: Objective
 
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, batch: Any, values: Mapping[str, float]) -> dict[str, Tensor]:
         """As the objective says."""
         return self.objective.losses(batch, values)
 
@@ -556,7 +556,7 @@ class Replicated:
         self._wrapped: nn.parallel.DistributedDataParallel | None = None
         self._trained: tuple[bool, ...] = ()
 
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, batch: Any, values: Mapping[str, float]) -> dict[str, Tensor]:
         """Through the wrapper, whose hooks average the gradients while the backward pass goes on."""
         return self._wrapper()(batch, values)
 
@@ -631,7 +631,7 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._objective, self._trained, self._device = cast(Objective, objective), trained, device
 
-    def losses(self, batch: Batch, values: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, batch: Any, values: Mapping[str, float]) -> dict[str, Tensor]:
         """As the objective says; the modules gather their parameters by themselves."""
         return self._objective.losses(batch, values)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from medssl_cli.core.protocols import SliceBatch
+from medssl_cli.core.protocols import Loaded
 from medssl_cli.core.wording import counted
 from medssl_cli.engine.distributed import world_size
 from medssl_cli.engine.memory import GIB, MARGIN, MemoryReport, first_samples, fit_line, memory_limit, peak_of
@@ -179,7 +179,7 @@ def estimate(
 
 
 def loader_images_per_s(
-    source: Iterator[SliceBatch], *, skip: int = 1, count: int = 16, seconds: float = LOADER_SECONDS
+    source: Iterator[Loaded], *, skip: int = 1, count: int = 16, seconds: float = LOADER_SECONDS
 ) -> float | None:
     """Images a second that a loader gives to somebody who does nothing else.
 

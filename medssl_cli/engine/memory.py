@@ -18,13 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 
 from medssl_cli.core.errors import ResourceError
-from medssl_cli.core.protocols import SliceBatch
+from medssl_cli.core.protocols import Loaded
 
 log = logging.getLogger(__name__)
+AnyBatch = TypeVar("AnyBatch", bound=Loaded)
 
 GIB = 2**30
 MARGIN = 0.05
@@ -238,7 +240,7 @@ def _container_limit() -> int | None:
     return None
 
 
-def first_samples(slices: SliceBatch, samples: int) -> SliceBatch:
+def first_samples(slices: AnyBatch, samples: int) -> AnyBatch:
     """A smaller batch of the same shapes, to probe with.
 
     Raises:
@@ -246,8 +248,8 @@ def first_samples(slices: SliceBatch, samples: int) -> SliceBatch:
     """
     if not 0 < samples <= len(slices.images_BSHW):
         raise ValueError(f"{samples} samples of a batch of {len(slices.images_BSHW)}")
-    parts = {each.name: getattr(slices, each.name) for each in fields(slices)}
-    return replace(slices, **{name: part[:samples] for name, part in parts.items() if part is not None})
+    parts = {each.name: getattr(slices, each.name) for each in fields(cast(Any, slices))}
+    return replace(cast(Any, slices), **{name: part[:samples] for name, part in parts.items() if part is not None})
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl_cli.core.errors import Interrupted, NonFiniteError, ResourceError
-from medssl_cli.core.protocols import Batch, Objective, SliceBatch
+from medssl_cli.core.protocols import Loaded, Objective
 from medssl_cli.core.run import seed_for
 from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints, Stateful, restore
 from medssl_cli.engine.distributed import (
@@ -94,7 +94,8 @@ class Trainer:
         optimizer: Over the objective's parameters, from ``parameter_groups``.
         schedules: Values of a step.
         batches: Step -> endless iterator over the micro-batches from that step on, ``accumulation`` for each step.
-        views: (slices on the device, step, micro-batch) -> crops and masks; draws from its own generators.
+        views: (loaded batch on the device, step, micro-batch) -> the batch that the objective takes, which has
+            ``finite_samples`` too; draws from its own generators.
         total_steps: Length of the run.
         device: Where to compute.
         precision: Number format.
@@ -110,13 +111,14 @@ class Trainer:
         on_checkpoint: Called with the step after each checkpoint, e.g. to evaluate the teacher; in every process, and
             all wait until the slowest has returned.
         parallel: How the gradients of several processes become one; None for a process that trains alone.
+        nonfinite_fix: What to change when a loss or a gradient is not finite, in the keys of the run.
     """
 
     objective: TrainableObjective
     optimizer: torch.optim.Optimizer
     schedules: ScheduleValues
-    batches: Callable[[int], Iterator[SliceBatch]]
-    views: Callable[[SliceBatch, int, int], Batch]
+    batches: Callable[[int], Iterator[Loaded]]
+    views: Callable[[Any, int, int], Any]
     total_steps: int
     device: torch.device
     precision: Precision
@@ -130,9 +132,12 @@ class Trainer:
     telemetry: Telemetry | None = None
     on_checkpoint: Callable[[int], None] | None = None
     parallel: Parallel | None = None
+    nonfinite_fix: str = (
+        "lower optim.base_lr (3.5e-4 -> 1e-4), raise optim.warmup_epochs (30 -> 50), keep optim.clip_grad at 3.0"
+    )
     steps_done: int = field(default=0, init=False)
     _telemetry_state: dict[str, Any] = field(default_factory=dict, init=False)
-    _slices: SliceBatch | None = field(default=None, init=False)
+    _slices: Loaded | None = field(default=None, init=False)
     _stop: StopSignal | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
 
@@ -170,7 +175,7 @@ class Trainer:
         with self.say_out_of_memory():
             return quiet._loop(self.steps_done + steps, None)
 
-    def step(self, source: Iterator[SliceBatch]) -> StepRecord:
+    def step(self, source: Iterator[Loaded]) -> StepRecord:
         """One optimizer update from the next micro-batches of ``source``."""
         started, waited = time.perf_counter(), 0.0
         modules = self.objective.trained_modules()
@@ -201,7 +206,7 @@ class Trainer:
 
     # --- inside a step ---
 
-    def _fetch(self, source: Iterator[SliceBatch]) -> SliceBatch:
+    def _fetch(self, source: Iterator[Loaded]) -> Loaded:
         slices = next(source, None)
         if slices is None:
             raise ValueError(f"the batches ended in step {self.steps_done + 1} of {self.total_steps}")
@@ -214,9 +219,7 @@ class Trainer:
         apply_schedule(self.optimizer, values)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(
-        self, slices: SliceBatch, micro: int, values: Mapping[str, float], evidence: _Evidence
-    ) -> None:
+    def _forward_backward(self, slices: Loaded, micro: int, values: Mapping[str, float], evidence: _Evidence) -> None:
         torch.manual_seed(seed_for(self.seed, "step", self.steps_done, micro, rank()))
         slices = slices.to(self.device)
         batch = self.views(slices, self.steps_done, micro)
@@ -224,7 +227,7 @@ class Trainer:
         with parallel.synchronising(last=micro == self.accumulation - 1):
             with self.precision.autocast():
                 losses = parallel.losses(batch, values)
-            evidence.add(losses, _finite_samples(slices, batch), slices.case_ids)
+            evidence.add(losses, slices.finite_samples() & batch.finite_samples(), slices.case_ids)
             self.precision.backward(torch.stack(list(losses.values())).sum() / self.accumulation)
 
     def _update(self, evidence: _Evidence, modules: Mapping[str, nn.Module], values: Mapping[str, float]) -> bool:
@@ -246,7 +249,7 @@ class Trainer:
         """The fault in words, in every process: one that met none tells what another one met."""
         if fault == "gradient":  # the same in all, so that any of their images may be the cause
             evidence.gather_cases()
-        own = None if fault == "elsewhere" else evidence.error(modules, self._last_good())
+        own = None if fault == "elsewhere" else evidence.error(modules, self._last_good(), self.nonfinite_fix)
         known = [found for found in gather(own) if found is not None]
         if fault == "gradient":  # a process that holds another piece of the parameter cannot name it
             return min(known, key=lambda found: _NO_PARAMETER in found.what)
@@ -289,7 +292,7 @@ class Trainer:
             peak_memory_gib=peak_memory_gib(self.device),
         )
 
-    def _step_unless_stopped(self, source: Iterator[SliceBatch]) -> StepRecord | None:
+    def _step_unless_stopped(self, source: Iterator[Loaded]) -> StepRecord | None:
         """One update; None if the loader's workers obeyed the same signal, so that nothing was updated."""
         try:
             return self.step(source)
@@ -447,7 +450,7 @@ class _Evidence:
         first = sum(len(terms) for terms in self._losses)
         return dict(zip(self.norms, self._numbers[first : first + len(self.norms)], strict=True))
 
-    def error(self, modules: Mapping[str, nn.Module], last_good: str) -> NonFiniteError:
+    def error(self, modules: Mapping[str, nn.Module], last_good: str, fix: str) -> NonFiniteError:
         """The fault in words."""
         bad_cases, term, bad_modules = self._bad_cases(), self._bad_term(), self._bad_modules()
         cases = self._cases
@@ -467,8 +470,7 @@ class _Evidence:
         return NonFiniteError(
             what,
             where="\n".join([*where, last_good]),
-            fix="look at these cases with `medssl check-data`; lower optim.base_lr (3.5e-4 -> 1e-4), raise "
-            "optim.warmup_epochs (30 -> 50), keep optim.clip_grad at 3.0; nothing was updated in this step",
+            fix=f"look at these cases with `medssl check-data`; {fix}; nothing was updated in this step",
             code=code,
         )
 
@@ -490,15 +492,6 @@ class _Evidence:
         flags = self._numbers[len(self._numbers) - sum(len(flags) for flags in self._finite) :]
         names = [case for micro in self._cases for case in micro]
         return [case for case, fine in zip(names, flags, strict=True) if not fine]
-
-
-def _finite_samples(slices: SliceBatch, batch: Batch) -> Tensor:
-    """(B,) bool: the stored slice and all its crops are finite. Crops are view-major: crop v*B + b is of sample b."""
-    finite_B = slices.images_BSHW.isfinite().flatten(1).all(1)
-    for crops in (batch.global_VSHW, batch.local_VSHW):
-        if crops is not None:
-            finite_B = finite_B & crops.isfinite().flatten(1).all(1).view(-1, len(finite_B)).all(0)
-    return finite_B
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
