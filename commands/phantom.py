@@ -13,7 +13,8 @@ def run(
     task: Annotated[
         str,
         typer.Argument(
-            help="prostate (case tree of NIfTI), prostate-dicom (DICOM series) or head-ct (NIfTI and a series table)."
+            help="prostate (case tree of NIfTI), prostate-dicom (DICOM series), head-ct (NIfTI and a series table) or "
+            "ct-pet (PNG slices with tumour masks)."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the phantom; made if missing.")],
@@ -21,7 +22,10 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     size: Annotated[
         str,
-        typer.Option(help="small (96 x 96 x 12 voxels; head 24) or full (320 x 320 x 24; head 512 x 512 x 32)."),
+        typer.Option(
+            help="small (96 x 96 x 12 voxels; head 24; CT-PET 6 slices) or full (320 x 320 x 24; head 512 x 512 x 32; "
+            "CT-PET 512 x 512 x 6)."
+        ),
     ] = "small",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -23,7 +23,8 @@ from medssl_cli.core.run import (
     write_csv,
     write_json,
 )
-from medssl_cli.data.images import write_volume
+from medssl_cli.data.images import write_image, write_volume
+from medssl_cli.data.phantom_ct_pet import CtPetPatient, draw_ct_pet, plan_ct_pet
 from medssl_cli.data.phantom_dicom import write_study
 from medssl_cli.data.phantom_head import KINDS
 from medssl_cli.data.phantom_head_ct import LABELS, HeadCtImages, HeadCtSeries, HeadCtStudy, draw_head_ct, plan_head_ct
@@ -52,6 +53,7 @@ SERIES_COLUMNS = (
     "orientation",
 )
 SLICE_COLUMNS = ("patient_id", "study_uid", "series_uid", "slice_index", *(f"label_{name}" for name in LABELS))
+CT_PET_COLUMNS = ("file", "patient_id", "slice", "has_tumour", "tumour_pixels", "vendor")
 MASKS = "masks"
 """Folder of the bleeds of head CT, which no reader of cases enters."""
 MAX_CASES = 60_000
@@ -123,7 +125,7 @@ class PhantomResult:
         """Lines for the terminal."""
         task = TASKS[self.task]
         positive = sum(case.label for case in self.cases)
-        finding = "bleed" if self.task == "head-ct" else "lesion"
+        finding = {"head-ct": "bleed", "ct-pet": "tumour"}.get(self.task, "lesion")
         sizes = f"{len(self.cases)} cases of {len({case.patient for case in self.cases})} patients"
         return "\n".join(
             [
@@ -329,6 +331,33 @@ def _head_ct_lines(studies: Sequence[HeadCtStudy]) -> list[str]:
     return [f"{facts['n_series']} series; {kinds}", "labels of single slices: slices.csv; bleeds as masks: masks/"]
 
 
+# --- CT-PET ----------------------------------------------------------------------------------------------------------
+
+
+def _write_ct_pet(out: Path, patient: CtPetPatient, size: str, overwrite: bool) -> Rows:
+    """``CT``, ``PET`` and ``masks`` with one name for the three pictures of a slice; the mask comes last."""
+    rows: list[tuple[object, ...]] = []
+    for number in patient.slices:
+        drawn, name = draw_ct_pet(patient, number, size), patient.file_name(number)
+        pictures = {"CT": drawn.ct_HW, "PET": drawn.pet_HW, MASKS: drawn.mask_HW}
+        for folder, picture_HW in pictures.items():
+            path = out / folder / name
+            if overwrite or not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, picture_HW)
+        pixels = int((drawn.mask_HW > 0).sum())
+        rows.append((name, patient.case_id, number, int(pixels > 0), pixels, patient.vendor))
+    return {"slices.csv": rows}
+
+
+def _ct_pet_facts(patients: Sequence[CtPetPatient]) -> dict[str, Any]:
+    return {"n_slices": sum(len(patient.slices) for patient in patients), "mask_values": {"tumour": 255}}
+
+
+def _ct_pet_lines(patients: Sequence[CtPetPatient]) -> list[str]:
+    return [f"{_ct_pet_facts(patients)['n_slices']} slices as PNG: CT/, PET/ and masks/ with equal names"]
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -360,5 +389,6 @@ TASKS: dict[str, Task] = {
         _head_ct_facts,
         _head_ct_lines,
     ),
+    "ct-pet": Task(plan_ct_pet, _write_ct_pet, {"slices.csv": CT_PET_COLUMNS}, _ct_pet_facts, _ct_pet_lines),
 }
 """Every phantom that can be made, by its name on the command line."""

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.run import locked
@@ -54,10 +55,17 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pairs") / "out"
+    make_phantom("ct-pet", out, cases=4, seed=3)
+    return out
+
+
 @pytest.mark.parametrize("task", list(TASKS))
-def test_same_seed_same_bytes(task: str, tree: Path, dicom: Path, heads: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(task: str, tree: Path, dicom: Path, heads: Path, pairs: Path, tmp_path: Path) -> None:
     make_phantom(task, tmp_path / "again", cases=4, seed=3)
-    ours = {"prostate": tree, "prostate-dicom": dicom, "head-ct": heads}[task]
+    ours = {"prostate": tree, "prostate-dicom": dicom, "head-ct": heads, "ct-pet": pairs}[task]
     assert digests(tmp_path / "again") == digests(ours)
 
 
@@ -191,18 +199,18 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("task", ["prostate", pytest.param("head-ct", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["prostate", "ct-pet", pytest.param("head-ct", marks=pytest.mark.slow)])
 def test_r16_interrupted_phantom_goes_on_and_repeats_nothing(
-    task: str, tree: Path, heads: Path, tmp_path: Path
+    task: str, tree: Path, heads: Path, pairs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         make_phantom(task, out, cases=4, seed=3, progress=Stop())
     (out / ".tmp-PT-0001-left").mkdir()
-    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    finished = {path: path.stat().st_mtime_ns for kind in ("nii.gz", "png") for path in out.rglob(f"*.{kind}")}
     assert finished
     make_phantom(task, out, cases=4, seed=3)
-    assert digests(out) == digests({"prostate": tree, "head-ct": heads}[task])
+    assert digests(out) == digests({"prostate": tree, "head-ct": heads, "ct-pet": pairs}[task])
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert not list(out.glob(".tmp-*"))
 
@@ -250,10 +258,23 @@ def test_overwrite_spares_the_working_directory(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_pairs_have_one_name_in_all_three_folders_and_a_row_in_the_table(pairs: Path) -> None:
+    names = [{path.name for path in (pairs / folder).iterdir()} for folder in ("CT", "PET", "masks")]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) == 24
+    with (pairs / "slices.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["file"] for row in rows} == names[0]
+    for row in rows:
+        mask = np.asarray(Image.open(pairs / "masks" / row["file"]))
+        assert set(np.unique(mask)) <= {0, 255}
+        assert int((mask > 0).sum()) == int(row["tumour_pixels"])
+
+
 def test_unknown_task_lists_what_exists(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         make_phantom("prostat", tmp_path / "out")
-    assert refused.value.where == "available: prostate, prostate-dicom, head-ct"
+    assert refused.value.where == "available: prostate, prostate-dicom, head-ct, ct-pet"
     assert "did you mean prostate?" in refused.value.fix
     assert not (tmp_path / "out").exists()
 
