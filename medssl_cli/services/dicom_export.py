@@ -281,7 +281,7 @@ def write_parametric_map(path: Path, volume: Volume, series: SourceSeries, *, la
     hd = _highdicom()
     frames_FRC = np.ascontiguousarray(series.frames(volume.array), np.float32)
     low, high = float(frames_FRC.min()), float(frames_FRC.max())
-    with _quiet():
+    with quiet_writing():
         mapping = hd.pm.RealWorldValueMapping(
             lut_label="HEATMAP",
             lut_explanation=f"{label}. {NOTE}"[:64],
@@ -293,7 +293,7 @@ def write_parametric_map(path: Path, volume: Volume, series: SourceSeries, *, la
         made = hd.pm.ParametricMap(
             source_images=series.headers,
             pixel_array=frames_FRC,
-            **_identity(series, 1, "parametric map", frames_FRC, label, definition),
+            **dicom_identity(series, 1, "parametric map", frames_FRC, label, definition),
             contains_recognizable_visual_features=False,
             real_world_value_mappings=[mapping],
             voi_lut_transformations=[
@@ -304,7 +304,7 @@ def write_parametric_map(path: Path, volume: Volume, series: SourceSeries, *, la
         )
         made.SeriesDescription = f"{label} ({NOTE})"[:64]
         made.ImageComments = definition
-        _save(path, made)
+        save_dicom(path, made)
 
 
 def write_segmentation(
@@ -333,7 +333,7 @@ def write_segmentation(
     numbers_FRC = np.zeros(labels_FRC.shape, np.uint8)
     for number, label in enumerate(names, start=1):
         numbers_FRC[labels_FRC == label] = number
-    with _quiet():
+    with quiet_writing():
         identification = hd.AlgorithmIdentificationSequence(
             name=algorithm[:64],
             family=_code("123110", "DCM", "Artificial Intelligence"),
@@ -356,13 +356,13 @@ def write_segmentation(
             pixel_array=numbers_FRC,
             segmentation_type="BINARY",
             segment_descriptions=segments,
-            **_identity(series, 3, "segmentation", numbers_FRC, algorithm, description, *names.values()),
+            **dicom_identity(series, 3, "segmentation", numbers_FRC, algorithm, description, *names.values()),
             content_description=NOTE,
             content_label="HEATMAP",
             omit_empty_frames=False,
         )
         made.SeriesDescription = f"{description} ({NOTE})"[:64]
-        _save(path, made)
+        save_dicom(path, made)
 
 
 def write_capture(path: Path, picture_HW3: np.ndarray, series: SourceSeries, *, label: str, definition: str) -> None:
@@ -377,10 +377,10 @@ def write_capture(path: Path, picture_HW3: np.ndarray, series: SourceSeries, *, 
     """
     hd = _highdicom()
     picture = np.ascontiguousarray(picture_HW3, np.uint8)
-    identity = _identity(series, 2, "secondary capture", picture, label, definition)
+    identity = dicom_identity(series, 2, "secondary capture", picture, label, definition)
     software, model = identity.pop("software_versions"), identity.pop("manufacturer_model_name")
     del identity["device_serial_number"]
-    with _quiet():
+    with quiet_writing():
         made = hd.sc.SCImage.from_ref_dataset(
             ref_dataset=series.headers[0],
             pixel_array=picture,
@@ -395,7 +395,7 @@ def write_capture(path: Path, picture_HW3: np.ndarray, series: SourceSeries, *, 
         made.ImageComments = definition
         made.ManufacturerModelName, made.SoftwareVersions = model, software
         made.BurnedInAnnotation = "NO"  # captions count slices and heat; they name nobody
-        _save(path, made)
+        save_dicom(path, made)
 
 
 def region_of(heat: Volume, share: float) -> Volume:
@@ -405,7 +405,7 @@ def region_of(heat: Volume, share: float) -> Volume:
     return Volume(is_hot.astype(np.uint8), heat.affine)
 
 
-def _identity(series: SourceSeries, offset: int, kind: str, pixels: np.ndarray, *texts: str) -> dict[str, Any]:
+def dicom_identity(series: SourceSeries, offset: int, kind: str, pixels: np.ndarray, *texts: str) -> dict[str, Any]:
     """Identifiers and origin of a new object, a function of what is in it."""
     from pydicom.uid import generate_uid
 
@@ -431,13 +431,14 @@ def _code(value: str, scheme: str, meaning: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_writing() -> Iterator[None]:
     """No warnings about values of the source that break the standard: scanners write them every day."""
     with quiet_pydicom(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"highdicom")
         yield
 
 
-def _save(path: Path, made: Dataset) -> None:
+def save_dicom(path: Path, made: Dataset) -> None:
+    """Write a DICOM file whole or not at all."""
     with atomic_path(path) as temporary:
         made.save_as(temporary, enforce_file_format=True)
