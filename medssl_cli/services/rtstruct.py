@@ -22,7 +22,6 @@ from medssl_cli.services.dicom_export import NOTE, SourceSeries, dicom_identity,
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_STORAGE = "1.2.840.10008.5.1.4.1.1.481.3"
 _PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
 _STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 _DETACHED_STUDY = "1.2.840.10008.3.1.2.3.1"
@@ -84,19 +83,19 @@ def _empty(
 ) -> Dataset:
     """Everything but the regions. Dates stay empty: the same result is the same object, whenever it is written."""
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage
 
     source = series.headers[0]
     identity = dicom_identity(series, _NUMBER, "structure set", labels_FRC, algorithm, description, *names.values())
     made = Dataset()
     made.file_meta = FileMetaDataset()
-    made.file_meta.MediaStorageSOPClassUID = _STORAGE
+    made.file_meta.MediaStorageSOPClassUID = RTStructureSetStorage
     made.file_meta.MediaStorageSOPInstanceUID = identity["sop_instance_uid"]
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     made.SpecificCharacterSet = getattr(source, "SpecificCharacterSet", None) or "ISO_IR 192"
     for keyword in (*_PATIENT, *_STUDY):
         setattr(made, keyword, getattr(source, keyword, ""))
-    made.SOPClassUID, made.SOPInstanceUID = _STORAGE, identity["sop_instance_uid"]
+    made.SOPClassUID, made.SOPInstanceUID = RTStructureSetStorage, identity["sop_instance_uid"]
     made.Modality = "RTSTRUCT"
     made.SeriesInstanceUID, made.SeriesNumber = identity["series_instance_uid"], identity["series_number"]
     made.SeriesDescription = f"{description} ({NOTE})"[:64]
@@ -163,7 +162,7 @@ def _contours(series: SourceSeries, number: int, mask_FRC: np.ndarray, colour: t
 
     lines_F = [outlines(mask_RC) for mask_RC in mask_FRC]
     kind = "CLOSEDPLANAR_XOR" if any(_has_hole(lines) for lines in lines_F) else "CLOSED_PLANAR"
-    contours = []
+    contours: list[Dataset] = []
     for header, lines in zip(series.headers, lines_F, strict=True):
         for line_P2 in lines:
             contour = Dataset()
