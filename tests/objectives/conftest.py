@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from medssl_cli.objectives.dino import DinoConfig, HeadConfig
 from medssl_cli.objectives.ibot import IbotConfig
 from medssl_cli.objectives.self_distillation import SelfDistillation
 from medssl_cli.objectives.semi_supervised import SemiSupervised
+
+sys.path.append(str(Path(__file__).resolve().parent))  # for the parts that tests share with processes they start
 
 WIDTH, PATCH, SEQUENCES, GLOBAL, LOCAL = 32, 8, 3, 16, 8  # 3 x 4 tokens of a global crop, 3 x 1 of a local one
 
