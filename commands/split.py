@@ -10,7 +10,11 @@ import typer
 
 def run(
     source: Annotated[
-        Path, typer.Argument(help="Case tree, image tree, CSV with one row for each series, or another layout.")
+        Path,
+        typer.Argument(
+            help="Case tree, image tree, CSV with one row for each series, folder with CT and PET side by side, or "
+            "another layout."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.csv, val.csv, test.csv and split_summary.json.")],
     ratios: Annotated[
@@ -28,12 +32,16 @@ def run(
     labels: Annotated[Path | None, typer.Option(help="CSV with an id column, for the columns of a tree.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
     layout: Annotated[
-        Literal["auto", "cases", "images", "table", "nnunet", "decathlon", "mmdinov2", "template"],
+        Literal["auto", "cases", "images", "table", "nnunet", "decathlon", "mmdinov2", "template", "ct-pet"],
         typer.Option(help="How the files are named; auto looks."),
     ] = "auto",
     template: Annotated[
         str, typer.Option(help="Path of a sequence, e.g. '{subject}/{sequence}.nii.gz', for --layout template.")
     ] = "",
+    files: Annotated[
+        Literal["none", "link", "copy"] | None,
+        typer.Option(help="CT-PET: also train/, val/ and test/ with the files themselves. [default: link]"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Split cases into train, val and test; patients stay together."""
@@ -52,5 +60,6 @@ def run(
         overwrite=overwrite,
         layout=layout,
         template=template,
+        files=files,
     )
     typer.echo(result.to_json() if json else result.summary())

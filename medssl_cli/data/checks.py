@@ -84,6 +84,8 @@ class CheckedCase:
         digests: Hash of the voxels by sequence, for the search for duplicates.
         volumes: Readable volumes by sequence, for a thumbnail; pictures as (C, H, W) under ``pictures``.
         roi: Mask of the region of interest, if readable.
+        labels_HW: Values of the label map of a picture, if readable.
+        label_voxels: Voxels by value of the label map, if readable.
     """
 
     case: Case
@@ -92,6 +94,8 @@ class CheckedCase:
     volumes: dict[str, Volume] = field(default_factory=dict)
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     roi: Volume | None = None
+    labels_HW: np.ndarray | None = None
+    label_voxels: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import blosc2
 import numpy as np
@@ -217,6 +218,35 @@ class SampleSource(Protocol):
 
     def case_id(self, case: int) -> str:
         """Id of a case, for messages."""
+
+
+BatchT = TypeVar("BatchT", bound="Pinnable")
+
+
+class Pinnable(Protocol):
+    """A batch of any kind, as ``Loader`` hands it out."""
+
+    def pin_memory(self: BatchT) -> BatchT:
+        """The same batch in page-locked memory."""
+
+
+class KeyedSource(Protocol):
+    """What ``Loader`` reads from: samples of any kind by key."""
+
+    def __getitem__(self, key: Key) -> Any: ...
+
+    def case_id(self, case: int) -> str:
+        """Id of a case, for messages."""
+
+
+class BatchKeys(Protocol):
+    """Which keys make which batch of ``Loader``."""
+
+    def batch_at(self, number: int) -> list[Key]:
+        """The keys of batch ``number``, counted from where the sampler starts."""
+
+    def batches(self) -> Iterator[list[Key]]:
+        """``batch_at(0)``, ``batch_at(1)``, … without end."""
 
 
 def prepare_store(
@@ -555,7 +585,7 @@ def build_loader(
     timeout_s: float = 180.0,
     pin_memory: bool = False,
     prefetch: int = 2,
-) -> Loader:
+) -> Loader[SliceBatch]:
     """An endless iterator over the micro-batches from a step on; the same stream for any number of workers.
 
     Args:
@@ -572,10 +602,12 @@ def build_loader(
     """
     start = start_step * accumulation * batch_size * world
     sampler = ResumableSampler(len(dataset), batch_size, seed, start, rank, world)
-    return Loader(dataset, sampler, workers=workers, timeout_s=timeout_s, pin_memory=pin_memory, prefetch=prefetch)
+    return Loader(
+        dataset, sampler, collate, workers=workers, timeout_s=timeout_s, pin_memory=pin_memory, prefetch=prefetch
+    )
 
 
-class Loader(Iterator[SliceBatch]):
+class Loader(Iterator[BatchT], Generic[BatchT]):
     """Batches from worker processes, watched: one that dies or falls silent is named with the case it was at.
 
     PyTorch's own way is to raise in the middle of whatever the main process does when a worker dies. Here a dead worker
@@ -585,13 +617,15 @@ class Loader(Iterator[SliceBatch]):
     Args:
         source: Samples by key.
         sampler: Which keys make which batch.
+        collate: Samples to a batch; runs in the workers.
         workers, timeout_s, pin_memory, prefetch: As in ``build_loader``.
     """
 
     def __init__(
         self,
-        source: SampleSource,
-        sampler: ResumableSampler,
+        source: KeyedSource,
+        sampler: BatchKeys,
+        collate: Callable[[Sequence[Any]], BatchT],
         *,
         workers: int,
         timeout_s: float,
@@ -601,13 +635,14 @@ class Loader(Iterator[SliceBatch]):
         self.source, self.sampler, self.timeout_s = source, sampler, timeout_s
         self._workers, self._number, self._pin = workers, 0, pin_memory
         self._guarded = _Guarded(source, max(1, workers))
+        self._collate = partial(_collate_unless_failed, collate)
         self._batches: Any = None
         if workers:
             loader = DataLoader(
                 self._guarded,
                 batch_sampler=_Batches(sampler),
                 num_workers=workers,
-                collate_fn=_collate_unless_failed,
+                collate_fn=self._collate,
                 pin_memory=pin_memory,
                 timeout=min(_POLL_S, timeout_s),
                 worker_init_fn=_start_worker,
@@ -617,7 +652,7 @@ class Loader(Iterator[SliceBatch]):
             with _keeping_sigchld():
                 self._batches = iter(loader)
 
-    def __next__(self) -> SliceBatch:
+    def __next__(self) -> BatchT:
         """The next batch.
 
         Raises:
@@ -642,11 +677,11 @@ class Loader(Iterator[SliceBatch]):
                 worker.kill()
         self.close()
 
-    def _load_here(self) -> SliceBatch | MedsslError:
-        batch = _collate_unless_failed([self._guarded[key] for key in self.sampler.batch_at(self._number)])
-        return batch.pin_memory() if self._pin and isinstance(batch, SliceBatch) else batch
+    def _load_here(self) -> BatchT | MedsslError:
+        batch: BatchT | MedsslError = self._collate([self._guarded[key] for key in self.sampler.batch_at(self._number)])
+        return batch.pin_memory() if self._pin and not isinstance(batch, MedsslError) else batch
 
-    def _wait(self) -> SliceBatch | MedsslError:
+    def _wait(self) -> BatchT | MedsslError:
         started = time.monotonic()
         while True:
             try:
@@ -730,11 +765,11 @@ class Loader(Iterator[SliceBatch]):
 class _Guarded(Dataset[Any]):
     """Samples, or the error in place of one: so it arrives whole, and not as the text of a traceback."""
 
-    def __init__(self, source: SampleSource, workers: int) -> None:
+    def __init__(self, source: KeyedSource, workers: int) -> None:
         self.source = source
         self.loading = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, key: Key) -> Sample | MedsslError:
+    def __getitem__(self, key: Key) -> Any:
         worker = get_worker_info()
         self.loading[0 if worker is None else worker.id] = key[1]
         try:
@@ -746,20 +781,20 @@ class _Guarded(Dataset[Any]):
 class _Batches:
     """The batches of a sampler as an iterable."""
 
-    def __init__(self, sampler: ResumableSampler) -> None:
+    def __init__(self, sampler: BatchKeys) -> None:
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[list[Key]]:
         return self.sampler.batches()
 
 
-def _collate_unless_failed(samples: Sequence[Sample | MedsslError]) -> SliceBatch | MedsslError:
-    good = []
+def _collate_unless_failed(
+    collate: Callable[[Sequence[Any]], BatchT], samples: Sequence[Any | MedsslError]
+) -> BatchT | MedsslError:
     for sample in samples:
         if isinstance(sample, MedsslError):
             return sample
-        good.append(sample)
-    return collate(good)
+    return collate(samples)
 
 
 def _start_worker(worker: int) -> None:

@@ -109,6 +109,19 @@ def layout_channels(root: Path, layout: LayoutName) -> tuple[str, ...]:
     return ()
 
 
+def layout_labels(root: Path) -> Mapping[str, Any] | None:
+    """``labels`` of the ``dataset.json`` in ``root``: names and values of structures; None where nothing tells them.
+
+    Raises:
+        DataError: The description is damaged.
+    """
+    path = root / "dataset.json"
+    labels = _read_json(path).get("labels") if path.is_file() else None
+    if labels is not None and not isinstance(labels, dict):
+        raise _damaged(path, "labels is no mapping")
+    return labels
+
+
 def read_layout_cases(
     root: Path,
     layout: LayoutName,

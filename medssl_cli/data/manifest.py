@@ -659,6 +659,11 @@ def _imagenet_place(name: str) -> tuple[str, str]:
     return (split, parts[1]) if split and len(parts) > 2 else (split, "")
 
 
+def split_of_folder(name: str) -> str:
+    """``train``, ``val`` or ``test`` for a folder named so or ``training``, ``validation``, …; else empty."""
+    return _SPLIT_FOLDERS.get(name.lower(), "")
+
+
 def class_folders(root: Path) -> dict[str, str]:
     """Class of each image of a tree ``class_a/x.png`` without split folders; empty for another layout.
 

@@ -26,7 +26,8 @@ from medssl_cli.core.run import hide_home
 from medssl_cli.core.volume import affine_spacing
 from medssl_cli.data.preprocess import Prepared, PreprocessConfig, prepare_case, prepare_picture, sequence_limits
 
-Kind = Literal["volumes", "images"]
+Kind = Literal["volumes", "images", "labels"]
+"""Volumes, pictures, or volumes whose region of interest is a label map with its values."""
 
 Failure = tuple[str, str, str, str]
 """(case_id, path, reason, fix): a line of ``failures.csv``."""
@@ -58,7 +59,7 @@ class Job:
     Args:
         sequences: Names in channel order.
         preprocess: Grid and intensity limits.
-        kind: Volumes or pictures.
+        kind: Volumes, pictures, or volumes with label maps.
         on_error: Whether a bad case ends the build or is listed.
     """
 
@@ -70,7 +71,7 @@ class Job:
 
 def pack_volume(case: Case, job: Job) -> bytes:
     """The bytes of a ``.b2nd`` file: voxels, with record and facts in its metadata."""
-    prepared = prepare_case(case, job.sequences, job.preprocess)
+    prepared = prepare_case(case, job.sequences, job.preprocess, roi_values=job.kind == "labels")
     record = np.zeros((), RECORD)
     record["shape"] = prepared.images_SZYX.shape[1:]
     record["dtype"] = DTYPES.index(prepared.images_SZYX.dtype)
@@ -82,6 +83,8 @@ def pack_volume(case: Case, job: Job) -> bytes:
         planes = np.concatenate([planes, prepared.roi_ZYX[None].astype(planes.dtype)])
     array = blosc2.asarray(planes, contiguous=True, **_layout(prepared))
     array.schunk.vlmeta["medssl"] = record.tobytes() + _facts_of(prepared, job).tobytes()
+    if job.kind == "labels" and prepared.roi_ZYX is not None:
+        array.schunk.vlmeta["labels"] = np.packbits(np.bincount(prepared.roi_ZYX.ravel(), minlength=256) > 0).tobytes()
     return array.to_cframe()
 
 
@@ -132,11 +135,11 @@ def _facts_of(prepared: Prepared, job: Job) -> np.ndarray:
 
 
 def _roi_facts(roi_ZYX: np.ndarray | None, axis: int, count: int) -> np.ndarray:
-    """(N, 3): pixels, mean row, mean column of the mask on every slice; the means are NaN without pixels."""
+    """(N, 3): pixels, mean row and column of what is not 0 on every slice; the means are NaN without pixels."""
     facts = np.full((count, 3), np.nan)
     facts[:, 0] = 0
     if roi_ZYX is not None:
-        planes = np.moveaxis(roi_ZYX, axis, 0)
+        planes = np.moveaxis(roi_ZYX != 0, axis, 0)
         by_row, by_column = planes.sum(2), planes.sum(1)
         pixels = by_row.sum(1)
         some = pixels > 0
@@ -222,6 +225,12 @@ def read_facts(path: Path) -> tuple[np.ndarray, np.ndarray]:
     data = array.schunk.vlmeta["medssl"]
     record = np.frombuffer(data[: RECORD.itemsize], RECORD).copy().reshape(())
     return record, np.frombuffer(data[RECORD.itemsize :], "<f4")
+
+
+def read_label_bits(path: Path) -> bytes:
+    """Which of the values 0 to 255 the label map of a prepared volume holds: 32 bytes, as ``numpy.packbits``."""
+    array = open_volume(path)
+    return bytes(array.schunk.vlmeta["labels"])
 
 
 def open_volume(path: Path) -> blosc2.NDArray:

@@ -25,6 +25,7 @@ from medssl_cli.core.config import Config
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import Volume, affine_orientation, affine_spacing, grid_difference
 from medssl_cli.data.images import check_finite, read_image, read_volume, refuse_absent_volume
+from medssl_cli.data.label_maps import label_4d, whole_values
 from medssl_cli.data.resample import Grid, coverage, is_whole, resample_to
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Prepared:
         case_id: Whose.
         images_SZYX: uint8, int16, uint16, int32 or float32; all zeros where a sequence is absent.
         affine: 4x4 float64 of the prepared grid.
-        roi_ZYX: Boolean mask, or None when the case has none.
+        roi_ZYX: Boolean mask, or uint8 label map where its values were asked for; None when the case has none.
         available_S: Which sequences exist.
         resampled_S: Which sequences were interpolated.
         restore: The way back.
@@ -140,17 +141,20 @@ class Picture:
     high: float
 
 
-def prepare_case(case: Case, sequences: tuple[str, ...], config: PreprocessConfig) -> Prepared:
+def prepare_case(
+    case: Case, sequences: tuple[str, ...], config: PreprocessConfig, *, roi_values: bool = False
+) -> Prepared:
     """Read the sequences of a case and bring them, and the region of interest, onto one grid.
 
     Args:
         case: Files of one patient.
         sequences: Names in channel order; those that the case lacks become zeros and are marked.
         config: How.
+        roi_values: The region of interest is a label map, which the case must have and whose values are kept.
 
     Raises:
         DataError: With case and path: no sequence at all, unreadable, 4-D, flat, constant or non-finite voxels, or
-            grids that do not overlap.
+            grids that do not overlap; no label map, or one of other values than whole numbers from 0 to 255.
     """
     with naming_case(case):
         present = [name for name in sequences if name in case.sequences]
@@ -160,6 +164,12 @@ def prepare_case(case: Case, sequences: tuple[str, ...], config: PreprocessConfi
                 where=f"asked for {', '.join(sequences)}; there are: {', '.join(case.sequences) or 'none'}",
                 fix="check data.mri_sequences and the file names, or leave the case out",
                 code="sequences_missing",
+            )
+        if roi_values and case.roi is None:
+            raise DataError(
+                "A case has no label map.",
+                fix="add its label map, or leave the case out",
+                code="label_missing",
             )
         reference = config.reference if config.reference in present else present[0]
         volumes = _read_sequences([case.sequences[name] for name in present])
@@ -171,7 +181,7 @@ def prepare_case(case: Case, sequences: tuple[str, ...], config: PreprocessConfi
             case_id=case.case_id,
             images_SZYX=images,
             affine=grid.affine,
-            roi_ZYX=None if case.roi is None else _read_roi(case.roi, grid),
+            roi_ZYX=None if case.roi is None else (_read_labels if roi_values else _read_roi)(case.roi, grid),
             available_S=np.array([name in moved for name in sequences]),
             resampled_S=np.array([name in moved and moved[name][1] for name in sequences]),
             restore=Restore(source, grid),
@@ -334,6 +344,25 @@ def _read_roi(path: Path, grid: Grid) -> np.ndarray:
     return _moved(mask, grid, str(path), nearest=True).array.astype(bool)
 
 
+def _read_labels(path: Path, grid: Grid) -> np.ndarray:
+    """(Z, Y, X) uint8 values of a label map on the grid; 0 beyond the label map."""
+    volume = read_volume(path)
+    if volume.array.ndim != 3:
+        raise label_4d(path)
+    check_finite(path, volume.array)
+    values = whole_values(volume.array, str(path))
+    moved = _moved(Volume(values, volume.affine), grid, str(path), nearest=True, what="label map").array
+    lost = np.setdiff1d(np.unique(values), np.unique(moved))
+    if lost.size:
+        log.warning(
+            "%s: on the grid of the image nothing is left of the value%s %s",
+            path,
+            "s" * (lost.size > 1),
+            ", ".join(str(value) for value in lost),
+        )
+    return moved
+
+
 def _refuse_constant(path: Path, array: np.ndarray) -> None:
     if array.min() == array.max():
         raise DataError(
@@ -351,11 +380,12 @@ def _onto(volume: Volume, grid: Grid, path: str) -> tuple[np.ndarray, bool]:
     return _moved(volume, grid, path, nearest=False).array, interpolated
 
 
-def _moved(volume: Volume, grid: Grid, path: str, *, nearest: bool) -> Volume:
+def _moved(volume: Volume, grid: Grid, path: str, *, nearest: bool, what: str = "image") -> Volume:
     try:
         moved = resample_to(volume, grid, nearest=nearest)
     except DataError as error:
-        raise DataError(error.what, where=f"{path}: {error.where}", fix=error.fix, code=error.code) from error
+        told = error.what.replace("image", what, 1)
+        raise DataError(told, where=f"{path}: {error.where}", fix=error.fix, code=error.code) from error
     covered = coverage(volume, grid)
     if covered < _LOW_COVERAGE:
         log.warning("%s covers only %.0f %% of the grid it is brought to", path, 100 * covered)

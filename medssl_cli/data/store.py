@@ -4,7 +4,8 @@
 
     <cache>/cases/ab/<key>.b2nd      one case: (S[+1 for the region of interest], Z, Y, X) and the facts of its slices
     <cache>/pictures/ab/<key>.pack   128 pictures of an image tree with their facts
-    <cache>/<digest>/                index of one set of cases: store.json, table.bin, facts.bin, ids.bin, files.bin
+    <cache>/<digest>/                index of one set of cases: store.json, table.bin, facts.bin, ids.bin, files.bin,
+                                     and labels.bin where the region of interest is a label map
 
 A file's key is a digest of the paths, sizes and times of its sources, the sequence names, the preprocessing and the
 format, so a file that exists is complete and current, and two sets of cases share what they have in common. The index
@@ -62,6 +63,7 @@ from medssl_cli.data.prepared_file import (
     pack_pictures,
     pack_volume,
     read_facts,
+    read_label_bits,
     read_shard,
     unpack_bits,
 )
@@ -79,6 +81,7 @@ Window = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of a slice."""
 
 _KEY_BYTES = 32
+_LABEL_BYTES = 32  # a bit for each value of a label map
 _STALE_S = 3600
 _LATER_KEYS = ("window_hu", "window_sequences")
 """Settings of the preprocessing that came after the first stores: unset, they are no part of a key."""
@@ -86,10 +89,14 @@ _LATER_KEYS = ("window_hu", "window_sequences")
 
 @dataclass(frozen=True)
 class StoredSlice(Slice):
-    """A slice in the data type of the store, with the values of each sequence that become 0 and 1."""
+    """A slice in the data type of the store, with the values of each sequence that become 0 and 1.
+
+    In a store of label maps ``labels_HW`` holds their values, uint8, and ``roi_HW`` is where these are not 0.
+    """
 
     low_S: np.ndarray
     high_S: np.ndarray
+    labels_HW: np.ndarray | None = None
 
     def scaled(self) -> np.ndarray:
         """(S, H, W) float32 in [0, 1]; an absent sequence is all zeros."""
@@ -224,6 +231,30 @@ class Store:
             rows[:, 2 * sequences + 1 :],
         )
 
+    def label_values(self, case: int) -> np.ndarray:
+        """Values that the label map of a case holds, rising; no voxel is read.
+
+        Raises:
+            ValueError: The store keeps no label maps.
+        """
+        if self.kind != "labels":
+            raise ValueError(f"a store of {self.kind} has no label maps")
+        bits = self._mapped("labels.bin", np.dtype("u1"))[_LABEL_BYTES * case : _LABEL_BYTES * (case + 1)]
+        return np.flatnonzero(np.unpackbits(bits))
+
+    def read_labels(self, case: int, axis: int, index: int) -> np.ndarray:
+        """(H, W) uint8 values of the label map on one plane; no image is read.
+
+        Raises:
+            DataError: The prepared file is missing or damaged.
+            ValueError: The store keeps no label maps.
+        """
+        if self.kind != "labels":
+            raise ValueError(f"a store of {self.kind} has no label maps")
+        key: list[slice | int] = [len(self.sequences), slice(None), slice(None), slice(None)]
+        key[1 + axis] = index
+        return self._read_volume_part(case, self._table[case], tuple(key)).astype(np.uint8)
+
     def read_slice(
         self, case: int, axis: int, index: int, *, window: Window | None = None, roi: bool = True
     ) -> StoredSlice:
@@ -253,6 +284,7 @@ class Store:
         return StoredSlice(
             image_SHW=planes[:sequences],
             roi_HW=planes[sequences] != 0 if with_roi else None,
+            labels_HW=planes[sequences].astype(np.uint8) if with_roi and self.kind == "labels" else None,
             axis=axis,
             index=index,
             spacing=(spacing[rest[0]], spacing[rest[1]]),
@@ -262,10 +294,12 @@ class Store:
         )
 
     def read_volume(self, case: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(images_SZYX, roi_ZYX or None) of one case."""
+        """(images_SZYX, roi_ZYX or None) of one case; in a store of label maps roi_ZYX holds their values, uint8."""
         record = self._table[case]
         planes = self._read_volume_part(case, record, (slice(None),) * 4)
         sequences = len(self.sequences)
+        if self.kind == "labels":
+            return planes[:sequences], planes[sequences].astype(np.uint8)
         return planes[:sequences], planes[sequences] != 0 if record["roi"] else None
 
     def read_picture(self, case: int) -> tuple[np.ndarray, float, float]:
@@ -413,7 +447,7 @@ def build_store(
         sequences: Names in channel order; for pictures any one name.
         preprocess: How.
         cache: Folder for prepared data, made if missing.
-        kind: ``volumes``, or ``images`` for one picture a case.
+        kind: ``volumes``, ``images`` for one picture a case, or ``labels`` for volumes that each have a label map.
         workers: Processes that prepare; 1 works in this one.
         on_error: ``stop`` raises the first fault in the order of the cases; ``skip`` leaves such cases out and lists
             them in ``Store.failures``.
@@ -475,7 +509,7 @@ def _is_usable(unit: _Unit, job: Job) -> bool:
     """Whether the file is there; one that lists failures is made again when failures are to stop the run."""
     if not unit.path.exists():
         return False
-    return job.kind == "volumes" or job.on_error == "skip" or not read_shard(unit.path).failures
+    return job.kind != "images" or job.on_error == "skip" or not read_shard(unit.path).failures
 
 
 def _run_units(units: list[_Unit], job: Job, workers: int) -> Iterator[tuple[_Unit, list[Failure]]]:
@@ -550,7 +584,7 @@ def _prepare_unit(unit: _Unit, job: Job, needed: int) -> list[Failure]:
 
 
 def _base(sequences: tuple[str, ...], preprocess: PreprocessConfig, kind: Kind) -> tuple[object, ...]:
-    names = sequences if kind == "volumes" else ()
+    names = sequences if kind != "images" else ()
     values = preprocess.model_dump(mode="json")
     return FORMAT, kind, names, {k: v for k, v in values.items() if k not in _LATER_KEYS or v is not None}
 
@@ -617,7 +651,7 @@ def _check_cases(cases: list[Case], sequences: tuple[str, ...]) -> None:
 
 def _plan_units(cases: list[Case], keys: list[str], cache: Path, kind: Kind) -> list[_Unit]:
     known = [(case, key) for case, key in zip(cases, keys, strict=True) if key]
-    if kind == "volumes":
+    if kind != "images":
         return [_Unit(key, _unit_path(cache, kind, key), [case]) for case, key in known]
     units = []
     for start in range(0, len(known), PICTURES_PER_SHARD):
@@ -628,7 +662,7 @@ def _plan_units(cases: list[Case], keys: list[str], cache: Path, kind: Kind) -> 
 
 
 def _unit_path(cache: Path, kind: Kind, key: str) -> Path:
-    folder, suffix = ("cases", ".b2nd") if kind == "volumes" else ("pictures", ".pack")
+    folder, suffix = ("cases", ".b2nd") if kind != "images" else ("pictures", ".pack")
     return cache / folder / key[:2] / f"{key}{suffix}"
 
 
@@ -662,7 +696,7 @@ def _write_index(cache: Path, digest: str, units: list[_Unit], job: Job, failure
     temporary = temporary_folder(cache, digest[:16])
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        tables = stack.enter_context(_Tables(temporary))
+        tables = stack.enter_context(_Tables(temporary, labels=job.kind == "labels"))
         for unit in units:
             if unit.path.exists():  # a volume that failed has none
                 failures += [f for f in tables.add(unit, job) if f[0] not in told]
@@ -696,10 +730,11 @@ def _write_index(cache: Path, digest: str, units: list[_Unit], job: Job, failure
 class _Tables:
     """The files of an index while they are written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, labels: bool) -> None:
         self.cases = self.size_bytes = self.channels = 0
         self._floats = self._id_bytes = self._units = 0
-        self._open = {name: (folder / f"{name}.bin").open("wb") for name in ("table", "facts", "ids", "files")}
+        names = ("table", "facts", "ids", "files", *(["labels"] if labels else []))
+        self._open = {name: (folder / f"{name}.bin").open("wb") for name in names}
 
     def __enter__(self) -> _Tables:
         return self
@@ -715,8 +750,10 @@ class _Tables:
     def add(self, unit: _Unit, job: Job) -> list[Failure]:
         """Append the cases of one prepared file; the failures that it lists."""
         failures: list[Failure] = []
-        if job.kind == "volumes":
+        if job.kind != "images":
             record, facts = read_facts(unit.path)
+            if job.kind == "labels":
+                self._open["labels"].write(read_label_bits(unit.path))
             self._append(unit.cases[0], record, facts, len(job.sequences))
         else:
             shard = read_shard(unit.path)

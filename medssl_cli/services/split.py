@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import (
@@ -25,6 +25,7 @@ from medssl_cli.core.run import (
     write_text,
 )
 from medssl_cli.core.wording import counted
+from medssl_cli.data.ct_pet import CtPetData
 from medssl_cli.data.layouts import LayoutChoice, LayoutName, asked_layout, read_layout_cases
 from medssl_cli.data.manifest import (
     ID_ALIASES,
@@ -48,6 +49,8 @@ from medssl_cli.data.manifest import (
     table_owners,
 )
 from medssl_cli.data.split import DEFAULT_RATIOS, SPLITS, Item, check_ratios, fold_items, prevalence, split_items
+from medssl_cli.services import split_pairs
+from medssl_cli.services.split_pairs import Files
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +126,8 @@ class SplitResult:
         lines += [f"note: {note}" for note in r["notes"]]
         folds = f", fold_0 to fold_{r['folds'] - 1} and splits_final.json" if r["folds"] else ""
         files = ", ".join(f"{name}.csv" for name, count in r["counts"].items() if count)
+        if r["files"] != "none":
+            files += f", train/, val/ and test/ with {'links' if r['files'] == 'link' else 'copies'}"
         return "\n".join([*lines, f"written to {self.out}: {files}{folds}, split_summary.json"])
 
     def to_json(self) -> str:
@@ -142,8 +147,9 @@ def split(
     stratify: str | None = None,
     labels: Path | None = None,
     overwrite: bool = False,
-    layout: LayoutChoice = "auto",
+    layout: LayoutChoice | Literal["ct-pet"] = "auto",
     template: str = "",
+    files: Files | None = None,
 ) -> SplitResult:
     """Split a case tree, an image tree, a table or a data set in another layout, and write ids and a summary.
 
@@ -158,7 +164,8 @@ def split(
         stratify: Column or columns, joined by commas, whose classes are spread evenly.
         labels: CSV with an id column for a tree.
         overwrite: Replace what lies in ``out``, another split among it.
-        layout, template: As ``data.layout`` and ``data.template`` of a training.
+        layout, template: As ``data.layout`` and ``data.template`` of a training; ``ct-pet`` for pairs of slices.
+        files: Of a CT-PET data set: the tree of the parts as links (the default), copies or none.
 
     Raises:
         ConfigError: Contradicting options, or an output folder that cannot be used or holds another split.
@@ -173,8 +180,15 @@ def split(
             fix="leave one of them out",
             code="group_twice",
         )
-    kind = asked_layout(source, layout, template)
-    what = _read_source(source, kind, template, group_by, group_pattern, stratify, labels)
+    pairs_of = _read_pairs(source, layout, template, group_by, group_pattern, stratify, labels, files)
+    if pairs_of is not None:
+        files = files or "link"
+        items = split_pairs.items_of(pairs_of)
+        what = Source(items, "patient_id", split_pairs.HEADER, split_pairs.rows_of(pairs_of))
+    else:
+        files = "none"
+        kind = asked_layout(source, cast(LayoutChoice, layout), template)
+        what = _read_source(source, kind, template, group_by, group_pattern, stratify, labels)
     parts = split_items(what.items, ratios, seed)
     pairs = _folds(what, parts, folds, seed)
     inputs = [source] if labels is None else [source, labels]
@@ -193,12 +207,46 @@ def split(
             "stratify": stratify,
             "folds": len(pairs),
             "folds_cover": "train and val" if pairs else None,
+            "files": files,
         }
+        if pairs_of is not None:
+            split_pairs.write_tree(out, pairs_of, parts, files)
+            split_pairs.write_info(out, pairs_of, parts, {**report, "layout": pairs_of.layout})
         write_json(out / "split_summary.json", report)
     return SplitResult(out, report)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_pairs(
+    source: Path,
+    layout: str,
+    template: str,
+    group_by: str | None,
+    pattern: str | None,
+    stratify: str | None,
+    labels: Path | None,
+    files: Files | None,
+) -> CtPetData | None:
+    """The slices of a CT-PET data set; None for any other source.
+
+    Raises:
+        ConfigError: Options that have no effect on what lies there.
+    """
+    wanted = layout == "ct-pet" or (layout == "auto" and not template and split_pairs.is_pairs(source))
+    given = {"--group-by": group_by, "--stratify": stratify, "--labels": labels} if wanted else {"--files": files}
+    idle = [f"{option} {value}" for option, value in given.items() if value is not None]
+    if idle:
+        raise ConfigError(
+            f"{'Pairs of CT and PET are' if wanted else 'This data set is'} split without these options.",
+            where=", ".join(idle),
+            fix="leave them out; the patient comes from the file name, see --group-pattern"
+            if wanted
+            else "leave it out: only a folder with CT and PET side by side becomes a tree of files",
+            code="flags_without_effect",
+        )
+    return split_pairs.read_pairs(source, pattern) if wanted else None
 
 
 def _read_source(

@@ -543,3 +543,128 @@ def test_settings_that_came_later_leave_the_names_of_older_stores(tmp_path: Path
     windowed = PreprocessConfig(window_hu=(-1000, 1000))
     one, other = (data_digest(cases, SEQUENCES, config, "volumes") for config in (PreprocessConfig(), windowed))
     assert one != other
+
+
+# --- label maps ------------------------------------------------------------------------------------------------------
+
+
+def labelled_case(folder: Path, name: str, label: Volume | None, *, sequences: tuple[str, ...] = SEQUENCES) -> Case:
+    case = volume_case(folder, name, roi=False, sequences=sequences)
+    if label is None:
+        return case
+    path = folder / name / "label.nii.gz"
+    write_volume(path, label)
+    return Case(name, name, case.sequences, roi=path)
+
+
+def classes(shape: tuple[int, int, int] = (6, 20, 24)) -> np.ndarray:
+    label = np.zeros(shape, np.uint8)
+    label[2:4, 5:11, 8:17] = 1
+    label[3, 6:8, 9:12] = 2
+    label[4, 1, 1] = 255
+    return label
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32])
+def test_a_store_of_labels_keeps_their_values(tmp_path: Path, kind: type) -> None:
+    label = classes().astype(kind)
+    case = labelled_case(tmp_path, "a", Volume(label, AFFINE))
+    store = build([case, volume_case(tmp_path, "b")], tmp_path / "cache", kind="labels")
+    assert (store.kind, store.label_values(0).tolist(), store.label_values(1).tolist()) == (
+        "labels",
+        [0, 1, 2, 255],
+        [0, 1],
+    )
+    _, kept = store.read_volume(0)
+    assert kept is not None
+    assert kept.dtype == np.uint8
+    prepared = prepare_case(case, SEQUENCES, PreprocessConfig(), roi_values=True)
+    np.testing.assert_array_equal(kept, prepared.roi_ZYX)
+    np.testing.assert_array_equal(kept, label)
+    for axis in range(3):
+        facts = store.slice_facts(0, axis)
+        assert facts.roi_pixels_N.tolist() == np.count_nonzero(np.moveaxis(label, axis, 0), axis=(1, 2)).tolist()
+        plane = store.read_slice(0, axis, 3, window=(1, 2, 4, 5))
+        expected = np.moveaxis(label, axis, 0)[3]
+        assert plane.labels_HW is not None
+        assert plane.roi_HW is not None
+        np.testing.assert_array_equal(plane.labels_HW, expected[1:5, 2:7])
+        np.testing.assert_array_equal(plane.roi_HW, expected[1:5, 2:7] != 0)
+        np.testing.assert_array_equal(store.read_labels(0, axis, 3), expected)
+    assert store.read_slice(0, 0, 3, roi=False).labels_HW is None
+
+
+def test_labels_and_regions_of_the_same_files_do_not_meet_in_the_cache(tmp_path: Path) -> None:
+    case = labelled_case(tmp_path, "a", Volume(classes(), AFFINE))
+    volumes, labels = (build([case], tmp_path / "cache", kind=kind) for kind in ("volumes", "labels"))
+    assert volumes.digest != labels.digest
+    assert file_of(volumes, 0) != file_of(labels, 0)
+    assert volumes.read_slice(0, 0, 3).labels_HW is None
+    with pytest.raises(ValueError, match="no label maps"):
+        volumes.label_values(0)
+    again = build([case], tmp_path / "cache", kind="labels")
+    assert again.digest == labels.digest
+    np.testing.assert_array_equal(again.read_labels(0, 0, 3), classes()[3])
+
+
+def test_a_label_map_of_another_grid_is_moved_by_nearest_in_world_coordinates(tmp_path: Path) -> None:
+    fine = np.diag([0.25, 0.25, 1.5, 1.0])
+    fine[:3, 3] = (-0.125, -0.125, -0.75)  # two voxels of the fine grid fill one of the coarse along each axis
+    label = classes().repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    store = build([labelled_case(tmp_path, "a", Volume(label, fine))], tmp_path / "cache", kind="labels")
+    _, kept = store.read_volume(0)
+    np.testing.assert_array_equal(kept, classes())
+
+
+@pytest.mark.parametrize(
+    ("label", "code"),
+    [
+        (None, "label_missing"),
+        (Volume(np.full((6, 20, 24), 0.5, np.float32), AFFINE), "label_values"),
+        (Volume(np.full((6, 20, 24), -1, np.int16), AFFINE), "label_values"),
+        (Volume(np.full((6, 20, 24), 256, np.int16), AFFINE), "label_values"),
+        (Volume(np.zeros((2, 6, 20, 24), np.uint8), AFFINE), "volume_4d"),
+        (Volume(classes(), AFFINE + np.pad([[1000.0]] * 3, ((0, 1), (3, 0)))), "grids_apart"),
+    ],
+)
+def test_label_maps_that_cannot_be_trained_name_the_case(tmp_path: Path, label: Volume | None, code: str) -> None:
+    good = labelled_case(tmp_path, "good", Volume(classes(), AFFINE))
+    bad = labelled_case(tmp_path, "bad", label)
+    with pytest.raises(DataError) as error:
+        build([good, bad], tmp_path / "cache", kind="labels")
+    assert error.value.code == code
+    assert error.value.where.startswith("case bad")
+    assert "label map" in error.value.what
+    store = build([good, bad], tmp_path / "cache", kind="labels", on_error="skip")
+    assert store.case_ids() == ["good"]
+    assert [failure[0] for failure in store.failures] == ["bad"]
+    assert store.label_values(0).tolist() == [0, 1, 2, 255]
+
+
+def test_a_structure_lost_between_the_slices_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    label = np.zeros((18, 20, 24), np.uint8)
+    label[3] = 1
+    label[4, 5, 6] = 7  # 1 mm off the nearest slice of the image
+    with caplog.at_level("WARNING"):
+        build([labelled_case(tmp_path, "a", Volume(label, np.diag([0.5, 0.5, 1, 1.0])))], tmp_path / "c", kind="labels")
+    assert "nothing is left of the value 7" in caplog.text
+
+
+def test_real_masks_on_another_grid_keep_their_volume(real_data: Path, tmp_path: Path) -> None:
+    folder = real_data / "prostate_dx_t2" / "t2_full"
+    image = folder / "ProstateDx-01-0049_t2_norm.nii.gz"
+    for name in ("prostates", "seminal_vesicles"):
+        mask = folder / f"ProstateDx-01-0049_{name}_mask.nii.gz"
+        case = Case("a", "a", {"t2": Sequence("t2", image)}, roi=mask)
+        store = build_store([case], ("t2",), PreprocessConfig(), tmp_path, kind="labels")
+        source = nib.load(mask)  # type: ignore[attr-defined]
+        array = np.asanyarray(source.dataobj)  # type: ignore[attr-defined]
+        _, kept = store.read_volume(0)
+        assert kept is not None
+        assert kept.shape != array.T.shape
+        millilitres = (array > 0).sum() * abs(np.linalg.det(source.affine[:3, :3])) / 1000  # type: ignore[attr-defined]
+        kept_ml = (kept > 0).sum() * abs(np.linalg.det(store.facts(0).affine[:3, :3])) / 1000
+        assert kept_ml == pytest.approx(millilitres, rel=0.05)
+        here = nib.affines.apply_affine(source.affine, np.argwhere(array > 0).mean(0))  # type: ignore[attr-defined]
+        there = nib.affines.apply_affine(store.facts(0).affine, np.argwhere(kept > 0).mean(0)[::-1])
+        np.testing.assert_allclose(here, there, atol=0.5)
