@@ -25,7 +25,7 @@ def run(
     ],
     task: Annotated[
         str | None,
-        typer.Option(metavar="pretrain|images|classify", help="By default what fits the source."),
+        typer.Option(metavar="pretrain|images|classify|segment|ct-pet", help="By default what fits the source."),
     ] = None,
     sequences: Annotated[
         str | None,
@@ -43,6 +43,15 @@ def run(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with an id column, for --task classify.")] = None,
     target: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    label: Annotated[
+        str,
+        typer.Option(
+            help="segment: stem of the label map of each case, e.g. lesion; or the folder of the labels of pictures."
+        ),
+    ] = "",
+    classes: Annotated[
+        str, typer.Option(help="segment: names of the structures, e.g. gland,lesion or lesion=2+3,ignore=255.")
+    ] = "",
     roi: Annotated[str, typer.Option(help="Stem of the mask of the region of interest.")] = "roi_Prostate",
     min_roi_pixels: Annotated[int, typer.Option(help="Smallest mask, in pixels of its largest slice.")] = 1,
     allow_missing: Annotated[
@@ -73,6 +82,20 @@ def run(
     stats: Annotated[
         bool, typer.Option("--stats", help="Mean and deviation of all images as training scales them.")
     ] = False,
+    dataset_type: Annotated[
+        Literal["auto", "flat", "presplit", "pclt", "pclt20k"],
+        typer.Option(help="ct-pet: how the files lie; auto looks."),
+    ] = "auto",
+    patient_regex: Annotated[
+        str | None,
+        typer.Option(help=r"ct-pet: the first group is the patient; by default what stands before the last _slice_."),
+    ] = None,
+    mask_threshold: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=254, help="ct-pet: values above it are lesion; by default masks hold 0 and 1 or 0 and 255."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Read every case and list what is wrong with it."""
@@ -99,6 +122,11 @@ def run(
         modality=modality,
         windows_hu=[_window(text) for text in window_hu or ()],
         stats=stats,
+        dataset_type=dataset_type,
+        patient_regex=patient_regex,
+        mask_threshold=mask_threshold,
+        label=label,
+        classes=tuple(name.strip() for name in classes.split(",") if name.strip()),
     )
     if json:
         typer.echo(result.to_json())

@@ -1,13 +1,13 @@
-"""medssl convert: DICOM series into a case tree, sequences of a case onto one grid, and weights of other programs."""
+"""medssl convert: DICOM series into a case tree, sequences onto one grid, weights and layouts of other programs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(
     name="convert",
-    help="Convert DICOM series into a case tree, bring sequences onto one grid, take over weights.",
+    help="Convert DICOM series into a case tree, bring sequences onto one grid, take over weights and data sets.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -125,8 +125,20 @@ def align(
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def weights(
-    file: Annotated[Path, typer.Argument(help="Weights of another program: .pth, .pt, .bin or .safetensors.")],
-    out: Annotated[Path, typer.Argument(help="Folder for teacher_backbone.safetensors, or a .safetensors file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Weights of another program: .pth, .pt, .bin or .safetensors; with --target a run or a backbone file "
+            "of medssl."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for teacher_backbone.safetensors, or a .safetensors file; with --target a .pth or .pt file, "
+            "for timm a .safetensors file too."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="What the file does not tell, e.g. num_heads=6 modality=oct."),
@@ -137,19 +149,96 @@ def weights(
             help="dinov2, dinov3, meddinov3, retfound, visionfm, ibot, timm, hf, convnext or vgg19; auto looks."
         ),
     ] = "auto",
+    target: Annotated[
+        Literal["nnunet", "dinov2", "timm"] | None,
+        typer.Option(
+            help="The other way: write a backbone of medssl for another program. dinov2: names of DINOv2, of DINOv3 "
+            "for rotary positions, as MedDINOv3 loads them; nnunet: the same below network_weights and --prefix."
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="--target nnunet: what the network calls its backbone. [default: encoder.]")
+    ] = None,
+    sequence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEQ", help="--target: make the embedding of this sequence part of the patch convolution."
+        ),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize stored positions to images of this side. [default: the file's]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other weights at OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
 ) -> None:
-    """Take over a backbone of another program, with a card that tells how images are prepared for it."""
-    from medssl_cli.services.convert_weights import WeightsRequest, convert_weights
+    """Take over a backbone of another program, with a card that tells how images are prepared for it; or, with
+    --target, write one of ours for another program."""
+    words = tuple(overrides or ())
+    if target is None and prefix is None and sequence is None:
+        from medssl_cli.services.convert_weights import WeightsRequest, convert_weights
 
-    result = convert_weights(
-        WeightsRequest(file, out, source, image_size, overwrite=overwrite, overrides=tuple(overrides or ()))
-    )
+        result = convert_weights(WeightsRequest(file, out, source, image_size, overwrite=overwrite, overrides=words))
+    else:
+        from medssl_cli.services.export_weights import ExportRequest, export_weights
+
+        request = ExportRequest(
+            file, out, target, prefix, sequence, source, image_size, overwrite=overwrite, overrides=words
+        )
+        result = export_weights(request)
     typer.echo(result.to_json() if json else result.summary())
+
+
+@app.command()
+def layout(
+    source_folder: Annotated[Path, typer.Argument(metavar="SOURCE", help="Data set in the layout of its publisher.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the converted data set, complete or absent.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            help="pclt20k: CT-PET slices; nnunet: raw folder of version 1 or 2; decathlon: Medical Segmentation "
+            "Decathlon; vfm: VisionFM pictures by modality, with label files or label maps; imagenet: class folders."
+        ),
+    ],
+    files: Annotated[
+        str | None,
+        typer.Option(
+            help="copy, or link: relative links for pclt20k, hard links for others. [default: link for pclt20k, "
+            "else copy]"
+        ),
+    ] = None,
+    group_pattern: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help=r"Finds the patient in a name or path, e.g. '(Patient\d+)_'."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make everything anew, and replace a folder that holds other things.")
+    ] = False,
+    on_error: Annotated[
+        str, typer.Option(help="A case that cannot be converted: stop (exit 3), or leave it out and list it (exit 4).")
+    ] = "stop",
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+) -> None:
+    """Bring a published data set into the form that split, check-data, segment, extract and train-head read."""
+    from medssl_cli.commands.progress import progress_bar
+    from medssl_cli.core.run import to_json
+    from medssl_cli.services.convert_layout import LayoutRequest, convert_layout
+
+    request = LayoutRequest(
+        source_folder=source_folder,
+        out=out,
+        source=source,
+        files=files,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        on_error=on_error,
+        group_pattern=group_pattern,
+    )
+    with progress_bar("converting cases") as progress:
+        result = convert_layout(request, progress)
+    typer.echo(to_json(result.report()) if json else result.summary())
+    if result.error is not None:
+        raise result.error
 
 
 def _list_mappings(asked: bool) -> None:

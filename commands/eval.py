@@ -10,11 +10,17 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="How images are computed: batch_size, digest."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="How images are computed: batch_size, digest. Of masks: lesion_threshold, worst_cases, ...",
+        ),
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="Run folder of a head; default: MEDSSL_MODEL, then the newest finished run under ./runs."),
+        typer.Option(
+            help="Run folder of a head or of a segmentation network; default: MEDSSL_MODEL, then the newest finished "
+            "run under ./runs."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Features of `medssl extract`, or images: case tree, image tree, series table.")
@@ -24,9 +30,35 @@ def run(
         typer.Option(help="Part of the data: test, val, train or all. [default: test, or all where no split is known]"),
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="CSV of predictions, one row a case, instead of a model.")
+        Path | None,
+        typer.Option(help="Instead of a model: CSV of predictions, one row a case, or folder (or file) of label maps."),
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="CSV of the truth for --predictions.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The truth for --predictions: CSV, or folder (or file) of label maps.")
+    ] = None,
+    probabilities: Annotated[
+        Path | None, typer.Option(help="Folder of probability maps beside the label maps, for lesion candidates.")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Structures in the values 1, 2, ... of label maps, NAME[,NAME], or lesion=2+3,ignore=255."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Name, without suffix, of the label map in the folder of a case.")
+    ] = None,
+    tolerance_mm: Annotated[
+        float | None, typer.Option(help="Tolerance of the surface Dice; in pixels for pictures. [default: 2]")
+    ] = None,
+    hd_empty: Annotated[
+        str | None, typer.Option(help="HD95 where a mask is empty: nan, or the image's diagonal. [default: nan]")
+    ] = None,
+    lesions: Annotated[bool, typer.Option("--lesions", help="Also judge single lesions: FROC, precision.")] = False,
+    save_predictions: Annotated[
+        bool, typer.Option("--save-predictions", help="Keep the label maps of the model in OUT/predictions.")
+    ] = False,
+    group_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression whose first group is the patient in names of masks.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="What --predictions are: binary, multiclass, multilabel or regression.")
     ] = None,
@@ -96,6 +128,14 @@ def run(
         on_error=on_error,
         overwrite=overwrite,
         overrides=tuple(overrides or ()),
+        tolerance_mm=tolerance_mm,
+        hd_empty=hd_empty,
+        lesions=lesions,
+        probabilities=probabilities,
+        group_pattern=group_pattern,
+        classes=tuple(name.strip() for name in (classes or "").split(",") if name.strip()),
+        label=label,
+        save_predictions=save_predictions,
     )
     with progress_bar("eval") as progress:
         result = evaluate(request, progress=progress)

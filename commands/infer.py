@@ -1,4 +1,4 @@
-"""medssl infer: cases in, probabilities or embeddings, heat maps and a report out."""
+"""medssl infer: cases in, probabilities, label maps or embeddings, heat maps and a report out."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,17 +8,18 @@ import typer
 
 def run(
     cases: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="CASE... [KEY=VALUE]...",
-            help="NIfTI files, case folders, DICOM folders, pictures, or a CSV of paths; then overrides.",
+            help="NIfTI files, case folders, DICOM folders, pictures, a folder of CT and one of PET slices, or a CSV "
+            "of paths; then overrides.",
         ),
-    ],
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Run of a head or a backbone, or a weight file; default: MEDSSL_MODEL, then the newest finished run "
-            "under ./runs."
+            help="Run of a segmentation network, a head or a backbone, or a weight file; default: MEDSSL_MODEL, then "
+            "the newest finished run under ./runs."
         ),
     ] = None,
     backbone: Annotated[
@@ -29,7 +30,7 @@ def run(
         str | None,
         typer.Option(
             help="Write the heat map of a DICOM folder as DICOM too: pm (parametric map), sc (picture), seg (region), "
-            "e.g. pm,sc,seg; takes `pip install 'medssl[dicom]'`."
+            "e.g. pm,sc,seg; or its segmentation: seg,rtstruct; takes `pip install 'medssl[dicom]'`."
         ),
     ] = None,
     out: Annotated[
@@ -42,7 +43,21 @@ def run(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="From which probability on every class is positive, between 0 and 1; default: the head's."),
+        typer.Option(
+            help="From which probability on a class is positive, or a voxel belongs to the one structure, between 0 "
+            "and 1; default: the model's, found on its validation data."
+        ),
+    ] = None,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Segmentation: average over the flips of each slice, at four times the work.")
+    ] = False,
+    save_probabilities: Annotated[
+        bool,
+        typer.Option("--save-probabilities", help="Segmentation: keep the probabilities too, on the input's grid."),
+    ] = False,
+    ct: Annotated[Path | None, typer.Option(help="CT-PET segmentation: the CT slices, a folder or a picture.")] = None,
+    pet: Annotated[
+        Path | None, typer.Option(help="CT-PET segmentation: the PET slices, with the same names as those of --ct.")
     ] = None,
     sequence: Annotated[
         str | None, typer.Option(help="Which of the model's sequences a single NIfTI file is; default: by its name.")
@@ -54,25 +69,29 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds something else.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
 ) -> None:
-    """Look at cases through a head or a bare backbone: probabilities, top slices, heat map, report."""
+    """Look at cases through a trained model: label maps, or probabilities, top slices and a heat map; and a report."""
     from medssl_cli.commands.progress import progress_bar
     from medssl_cli.services.infer import InferRequest, default_out, infer
 
-    words = tuple(word for word in cases if not _is_override(word))
+    words = tuple(word for word in cases or () if not _is_override(word))
     request = InferRequest(
         cases=words,
-        overrides=tuple(word for word in cases if _is_override(word)),
+        overrides=tuple(word for word in cases or () if _is_override(word)),
         model=model,
         backbone=backbone,
         threshold=threshold,
         dicom=dicom,
         heatmap=heatmap,
-        out=out or default_out(words),
+        out=out or (default_out(words) if words else Path("out")),
         top_k=top_k,
         sequence=sequence,
         device=device,
         on_error=on_error,
         overwrite=overwrite,
+        tta=tta,
+        save_probabilities=save_probabilities,
+        ct=ct,
+        pet=pet,
     )
     with progress_bar("infer") as progress:
         result = infer(request, progress=progress)

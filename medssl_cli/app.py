@@ -23,6 +23,7 @@ COMMANDS = (
     "pretrain",
     "extract",
     "train-head",
+    "segment",
     "infer",
     "eval",
     "phantom",

@@ -26,6 +26,7 @@ from benchmarks.inference import infer
 from benchmarks.loader import loader
 from benchmarks.measuring import Findings, Mark, Options, Rows
 from benchmarks.pipeline import pretrain
+from benchmarks.segmentation import segment
 from benchmarks.startup import startup
 from benchmarks.step import step
 from benchmarks.views import views
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Options], Findings]] = {
     "extract": extract,
     "infer": infer,
     "head": head,
+    "segment": segment,
 }
 
 

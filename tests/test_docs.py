@@ -86,6 +86,15 @@ def test_every_recipe_of_train_head_loads_and_has_a_headline(name: str) -> None:
     assert dict(list_recipes("train_head"))[name]
 
 
+@pytest.mark.parametrize("name", [name for name, _ in list_recipes("segment")])
+def test_every_recipe_of_segment_loads_and_has_a_headline(name: str) -> None:
+    from medssl_cli.services.segment_ct_pet_config import CtPetConfig
+    from medssl_cli.services.segment_semantic_config import SemanticConfig
+
+    load_config(CtPetConfig if name.startswith("cocoseg") else SemanticConfig, name, recipes="segment")
+    assert dict(list_recipes("segment"))[name]
+
+
 def test_the_project_speaks_of_itself_alone() -> None:
     words = re.compile(r"/work/|/opt/(wheels|pypi)|\.library|helper session", re.I)
     for path in ROOT.rglob("*"):

@@ -13,15 +13,11 @@ NOT_APPLICABLE = {
     "W05": "no landmark head: nothing resizes points",
     "W06": "no landmark head: there is no landmark loss",
     "W07": "no landmark head: flips carry no labels",
-    "W08": "no label images are read: volumes have masks of a region of interest, which are 0 or more",
-    "W25": "no label lines of the form `path;labels`: labels come from tables (R11) or folders",
     "W33": "no forecasting head: there are no intervals",
     "W34": "no forecasting head: there are no intervals",
-    "W37": "no label maps are scored",
     "W40": "classes come from tables and folders; no list is chosen by a path",
     "W42": "no option names a checkpoint to resume from; a missing file of --init is refused (W01)",
     "W41": "no key keeps N images a class; percentage_labels keeps a share, stratified (test_train_head.py)",
-    "W09": "no label images are read: a mask is found by its own name, never by replacing a part of a path",
 }
 """Traps of parts that are not there, with the reason."""
 

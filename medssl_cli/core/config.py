@@ -34,6 +34,7 @@ def load_config(
     recipes: str,
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
 ) -> ConfigT:
     """Read a configuration, or say everything that is wrong with it.
 
@@ -43,12 +44,13 @@ def load_config(
         recipes: Folder of shipped recipes below ``configs/``, e.g. ``pretrain``.
         flags: Dotted names set by command-line options; None values are left out.
         overrides: ``KEY=VALUE`` texts, values read as YAML.
+        aliases: Other names of keys at the top, in the file and among the overrides -> the key.
 
     Raises:
         ConfigError: Unreadable file, unknown keys, wrong types: all of them in one message.
     """
-    values = {} if source is None else read_config_file(source, recipes)
     faults: list[str] = []
+    values = {} if source is None else _renamed(read_config_file(source, recipes), aliases or {}, faults)
     for key, value in (flags or {}).items():
         if value is not None:
             _set_dotted(values, key, value, faults)
@@ -61,7 +63,7 @@ def load_config(
             value = yaml.safe_load(value_text) if value_text else ""
         except yaml.YAMLError:
             value = value_text
-        _set_dotted(values, key.strip(), value, faults)
+        _set_dotted(values, (aliases or {}).get(key.strip(), key.strip()), value, faults)
     config: ConfigT | None = None
     try:
         config = kind.model_validate(values)
@@ -157,6 +159,13 @@ def _as_mapping(data: object, source: str) -> dict[str, Any]:
             code="config_unreadable",
         )
     return json.loads(json.dumps(data, default=str))  # plain data with text keys, and a copy of our own
+
+
+def _renamed(values: dict[str, Any], aliases: Mapping[str, str], faults: list[str]) -> dict[str, Any]:
+    """The values of a file under the names of the keys; a key that is given under two names is a fault."""
+    faults += [f"{name}: another name of {key}, which is given too" for name, key in aliases.items()
+               if name in values and key in values]  # fmt: skip
+    return {aliases.get(name, name): value for name, value in values.items()}
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: object, faults: list[str]) -> None:

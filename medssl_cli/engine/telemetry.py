@@ -36,6 +36,10 @@ HEALTH_FIGURES = ("teacher_entropy", "effective_rank")
 """Figures of health on the console line."""
 
 
+_OF_A_TEACHER = {"mom": "momentum", "teacher_temp": "teacher_temp", "teacher_patch_temp": "teacher_patch_temp"}
+"""Schedules that a line tells where the objective has a teacher, by their names in the file."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one optimizer update did.
@@ -187,9 +191,7 @@ class Telemetry:
                 "memory_gib": peak_memory_gib(self.device),
                 "lr": values["lr"],
                 "wd": values["wd"],
-                "mom": values["momentum"],
-                "teacher_temp": values["teacher_temp"],
-                **{name: values[name] for name in ("teacher_patch_temp",) if name in values},
+                **{name: values[key] for name, key in _OF_A_TEACHER.items() if key in values},
                 "last_layer_lr": values["last_layer_lr"],
                 "backbone_frozen": bool(values.get("backbone_frozen", 0.0)),
                 "current_batch_size": record.images,
@@ -270,7 +272,10 @@ def _tag(name: str) -> str:
         return f"grad_norm/{name.removeprefix('grad_norm_')}"
     folders: dict[str, Iterable[str]] = {
         "schedule": ("lr", "wd", "mom", "teacher_temp", "teacher_patch_temp", "last_layer_lr", "backbone_frozen"),
-        "health": (*HEALTH_FIGURES, "dino_agreement", "center_norm"),
+        "health": (
+            *(*HEALTH_FIGURES, "dino_agreement", "center_norm"),
+            *("predicted_foreground", "reference_foreground"),
+        ),
     }
     return next((f"{folder}/{name}" for folder, names in folders.items() if name in names), f"speed/{name}")
 

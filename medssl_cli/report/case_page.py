@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medssl_cli.core.run import RESEARCH_NOTE
 from medssl_cli.report.grey_values import Greys, Window, fitting_side, levels, measured, packed, reduced
+from medssl_cli.report.labels import Labels, label_layers, painted
 from medssl_cli.report.overlay import blend, jpeg_bytes, montage, png_bytes, resized, window
 from medssl_cli.report.page import Page
 from medssl_cli.report.strip import Strip
@@ -25,7 +26,7 @@ from medssl_cli.report.verdict import Finding as Finding
 from medssl_cli.report.verdict import Flag as Flag
 from medssl_cli.report.verdict import Verdict as Verdict
 from medssl_cli.report.verdict import add_flags, add_verdict
-from medssl_cli.report.viewer import Layer, Stack, Thumbnail, ViewerSlice, add_viewer
+from medssl_cli.report.viewer import Layer, Stack, Structure, Thumbnail, ViewerSlice, add_viewer
 
 VIEWER_SLICES = 64
 """Slices in the viewer at most, evenly spaced, the best always among them: keeps the page below some ten MB."""
@@ -39,6 +40,8 @@ TILE_SIDE = 320
 THUMBNAIL_SIDE = 168
 SIMILARITY_SIDE = 384
 _LAYER_SIDE = 112
+LABEL_SIDE = 1024
+"""Label maps with a longer side are shown with fewer pixels."""
 _HEAT_QUANTILES = (0.5, 0.999)
 _BAR = 256
 _FLAT_SPAN = 0.05
@@ -95,6 +98,7 @@ class CasePictures:
         value_unit: ``HU`` brings the windows of a CT.
         window_presets: Windows of the values, the first one shown at the start; empty for those of the unit.
         stored_names: Names of the S stored sequences, if they are not ``names`` (several windows of one CT).
+        labels: The label map, if there is one, on the pixels of ``plane``.
     """
 
     names: tuple[str, ...]
@@ -108,6 +112,7 @@ class CasePictures:
     value_unit: str = ""
     window_presets: tuple[Window, ...] = ()
     stored_names: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     @property
     def shown_names(self) -> tuple[str, ...]:
@@ -186,8 +191,8 @@ def heat_picture(pictures: CasePictures) -> np.ndarray:
     for entry in heat.top:
         z = entry["slice_index"]
         picture = resized(pictures.shown(z)[0], height, width)
-        plain.append(_captioned(picture, f"{pictures.label(z)}"))
-        warm.append(_captioned(_laid_over(picture, pictures, z), f"{entry['score']:.4g} {heat.unit}"))
+        plain.append(captioned(picture, f"{pictures.label(z)}"))
+        warm.append(captioned(_laid_over(picture, pictures, z), f"{entry['score']:.4g} {heat.unit}"))
     tiles = montage([*plain, *warm], columns=len(plain))
     return np.vstack([tiles, _legend(tiles.shape[1], heat)])
 
@@ -220,8 +225,9 @@ def _viridis(similarity_hw: np.ndarray) -> np.ndarray:
     return blend(np.zeros((*unit.shape, 3), np.uint8), unit, 1.0, colormap="viridis")
 
 
-def _captioned(picture: np.ndarray, text: str) -> np.ndarray:
-    strip = _written(picture.shape[1], 24, [(picture.shape[1] // 2, "ma", text)])
+def captioned(picture: np.ndarray, text: str) -> np.ndarray:
+    """The picture with a line of text below it."""
+    strip = written(picture.shape[1], 24, [(picture.shape[1] // 2, "ma", text)])
     return np.vstack([picture, strip])
 
 
@@ -231,13 +237,13 @@ def _legend(width: int, heat: Heat) -> np.ndarray:
     bar_width = min(_BAR, width // 2)
     left = (width - bar_width) // 2
     texts = [(left - 8, "ra", f"≤ {low:.4g}"), (left + bar_width + 8, "la", f"≥ {high:.4g} {heat.unit}")]
-    strip = _written(width, 34, texts)
+    strip = written(width, 34, texts)
     unit = np.broadcast_to(np.linspace(0, 1, bar_width), (14, bar_width))
     strip[6:20, left : left + bar_width] = blend(np.full((14, bar_width, 3), 60, np.uint8), unit, unit)
     return strip
 
 
-def _written(width: int, height: int, texts: Sequence[tuple[int, str, str]]) -> np.ndarray:
+def written(width: int, height: int, texts: Sequence[tuple[int, str, str]]) -> np.ndarray:
     """A black strip with (x, anchor, text) in it."""
     strip = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(strip)
@@ -295,7 +301,9 @@ def case_page(
     if heat is not None and heat.is_flat:
         low, high = heat.limits
         page.note(f"The map is nearly even: its colours span only {low:.4g} to {high:.4g} {heat.unit}.", "info")
-    _add_slices(page, pictures, verdict)
+    by_score = verdict is not None and bool(verdict.top_slices)
+    title = "Slices with the highest scores" if by_score else "Hottest slices"
+    add_slices(page, pictures, _best(pictures, verdict), title=title, strip=_strip(verdict))
     if similarity_hw is not None:
         _add_similarity(page, pictures, similarity_hw, similarity_slice, reference_patch)
     page.heading("Provenance")
@@ -322,8 +330,23 @@ def _add_similarity(
     )
 
 
-def _add_slices(page: Page, pictures: CasePictures, verdict: Verdict | None) -> None:
-    best = _best(pictures, verdict)
+def add_slices(
+    page: Page,
+    pictures: CasePictures,
+    best: Sequence[tuple[int, str]],
+    *,
+    title: str,
+    strip: Strip | None = None,
+) -> None:
+    """Put the viewer with its thumbnails into the page.
+
+    Args:
+        page: Where.
+        pictures: What.
+        best: Slices to look at first, with what their thumbnails say; the first one is shown at the start.
+        title: Above the thumbnails.
+        strip: A chart along the slices.
+    """
     top = [z for z, _ in best]
     first = top[0] if top else pictures.count // 2
     room = max(LEAST_SLICES, min(VIEWER_SLICES, VIEWER_PICTURES // len(pictures.shown_names)))
@@ -356,9 +379,15 @@ def _add_slices(page: Page, pictures: CasePictures, verdict: Verdict | None) -> 
         low, high = heat.limits
         layer = Layer("heat map", f"≤ {low:.4g}", f"≥ {high:.4g} {heat.unit}", _bar())
     thumbnails = tuple(_thumbnail(pictures, z, detail, chosen) for z, detail in best if pictures.count > 1)
-    by_score = verdict is not None and bool(verdict.top_slices)
-    title = "Slices with the highest scores" if by_score else "Hottest slices"
-    add_viewer(page, stack, layer, thumbnails, thumbnails_title=title, strip=_strip(verdict))
+    add_viewer(
+        page, stack, layer, thumbnails, thumbnails_title=title, strip=strip, structures=_structures(pictures.labels)
+    )
+
+
+def _structures(labels: Labels | None) -> tuple[Structure, ...]:
+    if labels is None:
+        return ()
+    return tuple(map(Structure, labels.names, labels.colours, labels.details))
 
 
 def _best(pictures: CasePictures, verdict: Verdict | None) -> list[tuple[int, str]]:
@@ -406,7 +435,23 @@ def _viewer_slice(pictures: CasePictures, z: int, side: int | None) -> ViewerSli
         layer = png_bytes(_heat_colours(_smooth(unit, *(scale * n for n in unit.shape))))
     most, quality = (VIEWER_SIDE, 85) if side is None else (FALLBACK_SIDE, 78)
     images = tuple(jpeg_bytes(_reduced(picture, most), quality) for picture in pictures.shown(z))
-    return ViewerSlice(pictures.label(z), images, layer, z, () if side is None else _greys_of(pictures, z, side))
+    greys = () if side is None else _greys_of(pictures, z, side)
+    return ViewerSlice(pictures.label(z), images, layer, z, greys, _label_layers(pictures, z))
+
+
+def _label_layers(pictures: CasePictures, z: int) -> tuple[bytes | None, ...]:
+    """Voxel for voxel up to ``LABEL_SIDE``."""
+    if pictures.labels is None:
+        return ()
+    labels_HW = _fewer_labels(pictures.turned(pictures.labels.plane(z)), LABEL_SIDE)
+    return label_layers(labels_HW, pictures.labels.colours)
+
+
+def _fewer_labels(labels_HW: np.ndarray, side: int) -> np.ndarray:
+    scale = side / max(labels_HW.shape)
+    if scale >= 1:
+        return labels_HW
+    return resized(np.ascontiguousarray(labels_HW), *(max(1, round(n * scale)) for n in labels_HW.shape), smooth=False)
 
 
 def _greys_of(pictures: CasePictures, z: int, side: int) -> tuple[str, ...]:
@@ -438,7 +483,16 @@ def _thumbnail(pictures: CasePictures, z: int, detail: str, chosen: Sequence[int
     picture = resized(pictures.shown(z)[0], height, width)
     if pictures.heat is not None:
         picture = _laid_over(picture, pictures, z)
+    picture = with_labels(picture, pictures, z)
     return Thumbnail(chosen.index(z), f"slice {z + 1}", detail, jpeg_bytes(picture, 85))
+
+
+def with_labels(picture: np.ndarray, pictures: CasePictures, z: int) -> np.ndarray:
+    """A picture (H, W, 3) of a slice, of any size, with its label map laid over; as it is without one."""
+    if pictures.labels is None:
+        return picture
+    labels_HW = np.ascontiguousarray(pictures.turned(pictures.labels.plane(z)))
+    return painted(picture, resized(labels_HW, *picture.shape[:2], smooth=False), pictures.labels.colours)
 
 
 def _similarity_pair(pictures: CasePictures, similarity_hw: np.ndarray, z: int, patch: tuple[int, int]) -> bytes:

@@ -39,18 +39,30 @@ _NAMES = {
     "relative_error": "relative error",
     "limit_low": "lower limit of agreement",
     "limit_high": "upper limit of agreement",
+    "dice": "Dice",
+    "iou": "IoU",
+    "dice_non_empty": "Dice, non-empty references",
+    "iou_non_empty": "IoU, non-empty references",
+    "hd95": "HD95",
+    "assd": "ASSD",
+    "nsd": "surface Dice",
+    "volume_error_ml": "volume error, ml",
+    "ranking_score": "ranking score",
+    "false_positives_per_case": "false positives a case",
 }
 _MAIN = (
-    ("macro_auroc", "auroc", "macro_r2", "r2"),
-    ("macro_average_precision", "average_precision", "macro_pearson", "mae"),
-    ("macro_sensitivity", "sensitivity", "balanced_accuracy", "macro_relative_error", "pearson"),
-    ("macro_specificity", "specificity", "bias"),
+    ("macro_auroc", "auroc", "macro_r2", "r2", "dice"),
+    ("macro_average_precision", "average_precision", "macro_pearson", "mae", "iou"),
+    ("macro_sensitivity", "sensitivity", "balanced_accuracy", "macro_relative_error", "pearson", "nsd"),
+    ("macro_specificity", "specificity", "bias", "hd95"),
 )
 """What stands at the top: of each line the first that there is; the very first also compares groups."""
 _PER_CLASS = ("n_positives", "auroc", "average_precision", "sensitivity", "specificity", "ppv", "f1")
+_PER_STRUCTURE = ("dice", "dice_non_empty", "iou", "nsd", "hd95", "precision", "recall")
 _PER_TARGET = ("mae", "rmse", "bias", "r2", "pearson")
 _UNIT = {"auroc", "average_precision", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity", "ppv",
-         "npv", "brier", "ece", "prevalence", "r2", "pearson"}  # fmt: skip
+         "npv", "brier", "ece", "prevalence", "r2", "pearson", "dice", "iou", "dice_non_empty", "iou_non_empty", "nsd",
+         "precision", "recall", "ranking_score"}  # fmt: skip
 """Metrics that are drawn between 0 and 1."""
 _COUNTS = ("n_positives",)
 _CHECKED = 8
@@ -98,6 +110,23 @@ class _Scale:
 _ONE = _Scale(0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class _Each:
+    """What the table of single classes tells: its noun, the metrics, the one of the bars and where chance lies."""
+
+    noun: str
+    metrics: tuple[str, ...]
+    lead: str
+    chance: float | None = None
+
+
+_EACH_CLASS = _Each("class", _PER_CLASS, "auroc", 0.5)
+_OF_EACH = {
+    "regression": _Each("target", _PER_TARGET, "r2"),
+    "segmentation": _Each("structure", _PER_STRUCTURE, "dice"),
+}
+
+
 def eval_page(facts: Mapping[str, Any], pictures: EvalPictures) -> Page:
     """The report of an evaluation.
 
@@ -106,19 +135,19 @@ def eval_page(facts: Mapping[str, Any], pictures: EvalPictures) -> Page:
         pictures: Made by ``eval_plots``.
     """
     page = Page("Evaluation", _lead(facts))
-    page.style(_STYLE)
+    page.style(STYLE)
     page.note(RESEARCH_NOTE, "warning")
     for note in facts.get("notes") or ():
         page.note(str(note), "info")
-    _add_headline(page, facts)
-    _add_classes(page, facts)
+    add_headline(page, facts)
+    add_classes(page, facts)
     _add_plots(page, pictures)
-    _add_subgroups(page, facts)
-    _add_comparison(page, facts.get("comparison"))
+    add_subgroups(page, facts)
+    add_comparison(page, facts.get("comparison"))
     _add_missing(page, facts)
     _add_slices(page, facts)
     _add_worst(page, facts)
-    _add_provenance(page, facts)
+    add_provenance(page, facts)
     return page
 
 
@@ -145,11 +174,13 @@ def group_unit(level: str, count: int) -> str:
 # --- the figures -----------------------------------------------------------------------------------------------------
 
 
-def _add_headline(page: Page, facts: Mapping[str, Any]) -> None:
+def add_headline(page: Page, facts: Mapping[str, Any], heading: str = "Result") -> None:
+    """Tiles and the table of all metrics; without a heading where ``heading`` is empty."""
     metrics = facts.get("metrics") or {}
     if not metrics:
         return
-    page.heading("Result")
+    if heading:
+        page.heading(heading)
     page.add(_tiles(metrics))
     undefined = facts.get("undefined_classes") or ()
     if undefined:
@@ -219,11 +250,13 @@ def metric_name(name: str) -> str:
     """What a metric is called for people."""
     if name.startswith("macro_"):
         return f"mean {metric_name(name.removeprefix('macro_'))}"
+    if name.startswith("sensitivity_at_"):
+        return f"sensitivity at {name.removeprefix('sensitivity_at_').removesuffix('_fp')} FP a case"
     return _NAMES.get(name, name.replace("_", " "))
 
 
 def _is_unit(name: str) -> bool:
-    return name.removeprefix("macro_") in _UNIT
+    return name.removeprefix("macro_") in _UNIT or name.startswith("sensitivity_at_")
 
 
 def _number(value: Any) -> str:
@@ -287,17 +320,17 @@ def _scale_of(name: str, metrics: Sequence[Mapping[str, Any]], mark: float | Non
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _add_classes(page: Page, facts: Mapping[str, Any]) -> None:
+def add_classes(page: Page, facts: Mapping[str, Any]) -> None:
+    """The table of single classes, where there are several."""
     per_class = facts.get("per_class") or {}
     if not per_class or (len(per_class) == 1 and facts.get("metrics")):
         return
-    is_regression = facts.get("task") == "regression"
-    page.heading("Each target" if is_regression else "Each class")
-    order = _PER_TARGET if is_regression else _PER_CLASS
-    shown = [name for name in order if any(name in metrics for metrics in per_class.values())]
-    lead = "r2" if is_regression else "auroc"
+    told = _OF_EACH.get(str(facts.get("task")), _EACH_CLASS)
+    page.heading(f"Each {told.noun}")
+    shown = [name for name in told.metrics if any(name in metrics for metrics in per_class.values())]
+    lead = told.lead
     every = [metrics.get(lead, {}) for metrics in per_class.values()]
-    scale = _scale_of(lead, every, None if is_regression else 0.5)
+    scale = _scale_of(lead, every, told.chance)
     rows = [
         (
             label,
@@ -307,8 +340,8 @@ def _add_classes(page: Page, facts: Mapping[str, Any]) -> None:
         )
         for label, metrics in per_class.items()
     ]
-    what = "R²" if is_regression else "AUROC; the dashed line is chance"
-    header = ("Target" if is_regression else "Class", "Cases", "", *(metric_name(name) for name in shown))
+    what = metric_name(lead) + ("" if told.chance is None else "; the dashed line is chance")
+    header = (told.noun.capitalize(), "Cases", "", *(metric_name(name) for name in shown))
     right = range(3, len(header))
     page.add(Html('<div class="classes">'))
     page.table(header, rows, caption=f"Bars: {what}. Below each number its 95 % interval.", right=right)
@@ -339,6 +372,7 @@ def _add_reasons(page: Page, per_class: Mapping[str, Mapping[str, Any]], shown: 
 
 
 def _add_plots(page: Page, pictures: EvalPictures) -> None:
+    """The curves."""
     names = [*(name for name in _PLOTS if name in pictures), *(name for name in pictures if name not in _PLOTS)]
     if not names:
         return
@@ -363,7 +397,8 @@ def _png_width(data: bytes) -> int:
 # --- groups, another run, missing sequences --------------------------------------------------------------------------
 
 
-def _add_subgroups(page: Page, facts: Mapping[str, Any]) -> None:
+def add_subgroups(page: Page, facts: Mapping[str, Any]) -> None:
+    """A table for each column of subgroups."""
     subgroups = facts.get("subgroups") or {}
     if not subgroups:
         return
@@ -417,7 +452,8 @@ def _near_scale(name: str, metrics: Sequence[Mapping[str, Any]]) -> _Scale:
     return _Scale(math.floor(10 * min(known)) / 10, math.ceil(10 * max(known)) / 10, mark)
 
 
-def _add_comparison(page: Page, comparison: Mapping[str, Any] | None) -> None:
+def add_comparison(page: Page, comparison: Mapping[str, Any] | None) -> None:
+    """Differences from another evaluation, with their tests."""
     if not comparison:
         return
     page.heading("Compared with another run")
@@ -522,7 +558,8 @@ _NOT_SHOWN = ("arch",)
 """The settings of a network would fill a page; its digest names it."""
 
 
-def _add_provenance(page: Page, facts: Mapping[str, Any]) -> None:
+def add_provenance(page: Page, facts: Mapping[str, Any]) -> None:
+    """Where the numbers come from."""
     page.heading("Provenance")
     page.facts(_named(facts, _PROVENANCE))
 
@@ -563,7 +600,7 @@ def _said(value: Any) -> Content:
     return path_text(text)
 
 
-_STYLE = """
+STYLE = """
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1rem;margin:1rem 0 1.4rem}
 .tile{border:1px solid var(--line);border-radius:8px;background:var(--panel);padding:.8rem 1rem;display:flex;
 flex-direction:column}

@@ -1,4 +1,4 @@
-"""A slice viewer inside a page: slices, sequences, a heat map as a layer, thumbnails that jump; no network.
+"""A slice viewer inside a page: slices, sequences, heat map and structures as layers, thumbnails that jump; no network.
 
 All slices are pictures within the page. With the measured values beside them the script draws on a canvas and windows
 what was measured; without them, or in a browser that cannot unpack them, it sets the brightness of the pictures.
@@ -28,6 +28,7 @@ class ViewerSlice:
         layer: PNG bytes with transparency, laid over the same area; None without a heat map.
         index: Which slice of the volume it is, counted from 0.
         greys: Measured values, one text of ``grey_values.packed`` for each sequence; empty without them.
+        structures: PNG bytes with transparency, one for each ``Structure``; None where it is not in the slice.
     """
 
     label: str
@@ -35,6 +36,7 @@ class ViewerSlice:
     layer: bytes | None = None
     index: int = 0
     greys: tuple[str, ...] = ()
+    structures: tuple[bytes | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """One class of a label map, which lies over the slices and can be switched off.
+
+    Args:
+        name: Of the class.
+        colour: Red, green, blue.
+        detail: Said beside it, e.g. its volume.
+    """
+
+    name: str
+    colour: tuple[int, int, int]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class Thumbnail:
     """A small picture that jumps to a slice.
 
@@ -100,9 +117,10 @@ def add_viewer(
     *,
     thumbnails_title: str = "Hottest slices",
     strip: Strip | None = None,
+    structures: Sequence[Structure] = (),
 ) -> None:
     """Put the viewer into the page; one on a page."""
-    planes = "".join(_plane(stack, place) for place in range(len(stack.slices)))
+    planes = "".join(_plane(stack, place, structures) for place in range(len(stack.slices)))
     page.style(_STYLE)
     page.style(STRIP_STYLE)
     chart = "" if strip is None else strip_html(strip)
@@ -111,8 +129,8 @@ def add_viewer(
             f'<div class="viewer">{chart}{_thumbnails(thumbnails, thumbnails_title)}'
             '<div class="stage" id="stage" tabindex="0" role="group" '
             f'aria-label="Slices; arrow keys move through them"{_grey_data(stack)}>'
-            f'{planes}</div><div class="panel">'
-            f'<div class="controls" id="controls" hidden>{_controls(stack, layer)}</div>'
+            f'{planes}</div><div class="panel">{_structures(structures)}'
+            f'<div class="controls" id="controls" hidden>{_controls(stack, layer, structures)}</div>'
             f"{_legend(layer)}"
             "<noscript><p>Scripts are off: one slice is shown.</p></noscript></div></div>"
         )
@@ -141,7 +159,7 @@ def _grey_data(stack: Stack) -> str:
     return f' data-greys="{escaped(json.dumps(facts))}"'
 
 
-def _plane(stack: Stack, place: int) -> str:
+def _plane(stack: Stack, place: int, structures: Sequence[Structure]) -> str:
     plane = stack.slices[place]
     width, height = stack.proportions
     pictures = "".join(
@@ -150,6 +168,11 @@ def _plane(stack: Stack, place: int) -> str:
     )
     if plane.layer is not None:
         pictures += _shown_at_once(image(plane.layer, f"heat map, {plane.label}"), 'class="layer" ')
+    if plane.structures:
+        for number, (structure, data) in enumerate(zip(structures, plane.structures, strict=True)):
+            if data is not None:
+                attributes = f'class="structure-layer" data-structure="{number}" '
+                pictures += _shown_at_once(image(data, f"{structure.name}, {plane.label}"), attributes)
     letters = ""
     if stack.sides is not None:
         places = ("left", "right", "top", "bottom")
@@ -170,7 +193,7 @@ def _shown_at_once(picture: Html, attributes: str) -> str:
     return picture.replace(' loading="lazy"', "").replace("<img ", f"<img {attributes}", 1)
 
 
-def _controls(stack: Stack, layer: Layer | None) -> str:
+def _controls(stack: Stack, layer: Layer | None, structures: Sequence[Structure]) -> str:
     parts = []
     if len(stack.slices) > 1:
         parts.append(_slider("slice", "Slice", 0, len(stack.slices) - 1, stack.first))
@@ -183,6 +206,8 @@ def _controls(stack: Stack, layer: Layer | None) -> str:
         parts.append(f'<fieldset class="choice"><legend>Sequence</legend>{options}</fieldset>')
     if layer is not None:
         parts.append(_slider("opacity", f"{layer.name.capitalize()} opacity", 0, 100, 70))
+    if structures:
+        parts.append(_slider("cover", "Segmentation opacity", 0, 100, 100))
     if stack.greys:
         parts.append(
             f'<div id="windowing" hidden>{_slider("centre", "Window centre", 0, 1000, 500)}'
@@ -191,12 +216,12 @@ def _controls(stack: Stack, layer: Layer | None) -> str:
         )
     light = _slider("brightness", "Brightness", 40, 250, 100) + _slider("contrast", "Contrast", 40, 250, 100)
     parts.append(f'<div id="light">{light}</div>')
-    hints = _hints(stack, layer)
+    hints = _hints(stack, layer, structures)
     parts.append(f'<p class="keys">{hints} <button type="button" id="reset">Reset</button></p>')
     return "".join(parts)
 
 
-def _hints(stack: Stack, layer: Layer | None) -> str:
+def _hints(stack: Stack, layer: Layer | None, structures: Sequence[Structure]) -> str:
     keys = []
     if len(stack.slices) > 1:
         keys.append(("← →", "slices"))
@@ -204,6 +229,13 @@ def _hints(stack: Stack, layer: Layer | None) -> str:
     if layer is not None:
         keys.append(("H", f"{layer.name} on and off"))
         keys.append(("[ ]", "its opacity"))
+    if structures:
+        keys.append(("S", "segmentation on and off"))
+        keys.append((", .", "its opacity"))
+        if len(structures) > 1:
+            keys.append((f"1 … {min(9, len(structures))}", "one structure on and off"))
+        if len(stack.slices) > 1:
+            keys.append(("N", "next slice with a structure (⇧ N the one before)"))
     if stack.greys:
         keys.append(("W", "next window (⇧ W the one before)"))
         keys.append(("drag", "window: across its width, up and down its centre"))
@@ -226,6 +258,20 @@ def _legend(layer: Layer | None) -> str:
         f'<div class="legend"><span>{escaped(layer.low)}</span><span class="bar">{bar}</span>'
         f"<span>{escaped(layer.high)}</span></div>"
     )
+
+
+def _structures(structures: Sequence[Structure]) -> str:
+    """Names, colours and details; the boxes work once the script runs."""
+    if not structures:
+        return ""
+    items = "".join(
+        f'<li><label class="structure"><input type="checkbox" checked disabled data-structure="{number}">'
+        f'<span class="swatch" style="background:rgb({",".join(str(int(n)) for n in structure.colour)})"></span>'
+        f'<span class="name">{escaped(structure.name)}</span><span class="detail">{escaped(structure.detail)}</span>'
+        "</label></li>"
+        for number, structure in enumerate(structures)
+    )
+    return f'<ul class="structures" aria-label="Structures">{items}</ul>'
 
 
 def _thumbnails(thumbnails: Sequence[Thumbnail], title: str) -> str:
@@ -252,6 +298,7 @@ align-items:start;margin:1rem 0}
 .viewer .stack img,.viewer .stack canvas{position:absolute;inset:0;width:100%;height:100%;max-width:none;
 border-radius:0}
 .viewer .layer{background:none;opacity:.7;pointer-events:none}
+.viewer .structure-layer{background:none;pointer-events:none;image-rendering:pixelated}
 .viewer .side,.viewer .corner{position:absolute;color:#f2d27a;font:600 .95rem/1 system-ui,sans-serif;
 text-shadow:0 0 3px #000,0 0 3px #000;pointer-events:none}
 .viewer .corner{bottom:.5rem;font-size:.8rem;font-weight:500;color:#e6e9ee;font-variant-numeric:tabular-nums;
@@ -286,6 +333,13 @@ cursor:pointer}
 color:var(--soft);font-variant-numeric:tabular-nums}
 .viewer .legend .bar{background:#3c3c3c;border-radius:4px;overflow:hidden}
 .viewer .legend img{width:100%;height:.9rem;background:none;border-radius:0}
+.viewer .structures{list-style:none;margin:0 0 1rem;padding:0;font-size:.9rem;max-height:24rem;overflow-y:auto}
+.viewer .structure{display:grid;grid-template-columns:auto auto 1fr auto;gap:.55rem;align-items:center;
+padding:.25rem 0;border-bottom:1px solid var(--line);cursor:pointer}
+.viewer .structure input{margin:0;accent-color:var(--accent)}
+.viewer .structure .swatch{width:.9rem;height:.9rem;border-radius:3px;box-shadow:0 0 0 1px var(--line)}
+.viewer .structure .name{overflow-wrap:anywhere}
+.viewer .structure .detail{color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}
 .viewer h3{font-size:1rem;margin:0 0 .5rem}
 .viewer .thumbs{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.4rem,10rem));gap:.6rem}
 .viewer .thumb{display:flex;flex-direction:column;padding:.3rem;text-align:left;font-size:.8rem;line-height:1.35}
@@ -307,7 +361,8 @@ function make(tag,name){var made=document.createElement(tag);made.className=name
 var planes=all('.viewer .plane'),thumbs=all('.viewer .thumb'),layers=all('.viewer .layer'),bases=all('.viewer .base');
 var stage=byId('stage'),slice=byId('slice'),opacity=byId('opacity'),strip=byId('strip'),mark=byId('strip-mark');
 var brightness=byId('brightness'),contrast=byId('contrast'),centre=byId('centre'),width=byId('width');
-var first=0,last=planes.length-1,here,sequence=0,wheel=0,hidden=false;
+var covers=all('.viewer .structure-layer'),boxes=all('.viewer .structure input'),cover=byId('cover');
+var first=0,last=planes.length-1,here,sequence=0,wheel=0,hidden=false,bare=false;
 planes.forEach(function(plane,i){if(!plane.hidden){first=i;}});
 here=first;
 function say(id,text){byId(id+'-value').textContent=text;}
@@ -338,6 +393,20 @@ function fade(){
 if(!opacity){return;}
 layers.forEach(function(layer){layer.style.opacity=hidden?0:opacity.value/100;});
 say('opacity',hidden?'off':opacity.value+' %');
+}
+function seen(layer){return boxes[Number(layer.dataset.structure)].checked;}
+function paint(){
+if(!cover){return;}
+covers.forEach(function(layer){layer.style.opacity=bare||!seen(layer)?0:cover.value/100;});
+say('cover',bare?'off':cover.value+' %');
+}
+function filled(step){
+var place=here+step;
+while(place>=0&&place<=last){
+if(list(planes[place].querySelectorAll('.structure-layer')).some(seen)){return place;}
+place+=step;
+}
+return here;
 }
 function light(){
 var filter='brightness('+brightness.value/100+') contrast('+contrast.value/100+')';
@@ -496,6 +565,8 @@ stage.addEventListener('contextmenu',function(event){if(measured){event.preventD
 
 if(slice){slice.addEventListener('input',function(){show(Number(slice.value));});}
 if(opacity){opacity.addEventListener('input',function(){hidden=false;fade();});}
+if(cover){cover.addEventListener('input',function(){bare=false;paint();});}
+boxes.forEach(function(box){box.disabled=false;box.addEventListener('change',function(){bare=false;paint();});});
 [brightness,contrast].forEach(function(input){input.addEventListener('input',light);});
 all('.viewer input[name=sequence]').forEach(function(input){
 input.addEventListener('change',function(){choose(Number(input.value));});
@@ -515,8 +586,9 @@ var box=strip.getBoundingClientRect();
 show(nearest(Math.floor((event.clientX-box.left)/box.width*Number(strip.dataset.count))));
 });}
 byId('reset').addEventListener('click',function(){
-[opacity,brightness,contrast].forEach(function(input){if(input){input.value=input.defaultValue;}});
-hidden=false;show(first);fade();light();
+[opacity,cover,brightness,contrast].forEach(function(input){if(input){input.value=input.defaultValue;}});
+boxes.forEach(function(box){box.checked=true;});
+hidden=false;bare=false;show(first);fade();paint();light();
 if(measured){take(0);}
 });
 document.addEventListener('keydown',function(event){
@@ -529,6 +601,13 @@ if((event.key==='h'||event.key==='H')&&opacity){hidden=!hidden;fade();}
 if((event.key==='['||event.key===']')&&opacity){
 opacity.value=Number(opacity.value)+(event.key===']'?10:-10);hidden=false;fade();
 }
+if(cover){
+if(event.key==='s'||event.key==='S'){bare=!bare;paint();}
+if(event.key===','||event.key==='.'){cover.value=Number(cover.value)+(event.key==='.'?10:-10);bare=false;paint();}
+if(event.key==='n'||event.key==='N'){show(filled(event.key==='n'?1:-1));}
+var box=boxes.length>1&&event.key>='1'&&event.key<='9'?boxes[Number(event.key)-1]:null;
+if(box){box.checked=!box.checked;bare=false;paint();}
+}
 if((event.key==='w'||event.key==='W')&&measured){take(state().preset+(event.key==='w'?1:-1));}
 });
 stage.addEventListener('wheel',function(event){
@@ -537,7 +616,7 @@ event.preventDefault();wheel+=event.deltaY;
 if(Math.abs(wheel)>=40){show(here+(wheel>0?1:-1));wheel=0;}
 },{passive:false});
 byId('controls').hidden=false;
-choose(0);show(first);fade();light();
+choose(0);show(first);fade();paint();light();
 if(greys&&window.DecompressionStream){start();}
 })();
 """

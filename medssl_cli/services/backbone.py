@@ -37,7 +37,7 @@ from medssl_cli.models.rollout import features_and_rollout
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import load_backbone
 from medssl_cli.services.devices import describe_device
-from medssl_cli.services.lookup import FoundModel
+from medssl_cli.services.lookup import FoundModel, refuse_segmenter
 
 log = logging.getLogger(__name__)
 
@@ -215,8 +215,10 @@ def open_backbone(found: FoundModel, device: torch.device) -> Backbone:
     """Load the weights and check that their card tells all that is needed.
 
     Raises:
+        ConfigError: The model is a segmentation network.
         CheckpointError: Weights or card missing, altered, or without preprocessing or normalisation.
     """
+    refuse_segmenter(found)
     model, card = load_backbone(found.weights, device)
     where = hide_home(str(found.run or found.weights))
     log.info("Model: %s (%s), on %s", where, found.why, describe_device(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -382,8 +383,18 @@ def publish(folder: Path, out: Path) -> None:
 
 def remove_results(out: Path) -> None:
     """Take away what an earlier case left in this folder, and nothing else."""
-    for name in reversed(RESULT_FILES):
+    for name in (*_files_named_by_case(out), *reversed(RESULT_FILES)):
         (out / name).unlink(missing_ok=True)
+
+
+def _files_named_by_case(out: Path) -> list[str]:
+    """Files of an earlier segmentation, whose names begin with that of the case: its summary lists them."""
+    try:
+        listed = json.loads((out / "summary.json").read_text(encoding="utf-8"))["files"]
+        names = [name for name in listed if isinstance(name, str) and Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError):  # no summary, or one that lists none
+        return []
+    return [name for name in names if (out / name).is_file()]
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -42,6 +42,8 @@ from medssl_cli.data.checks import (
     check_named_case,
     check_splits,
 )
+from medssl_cli.data.ct_pet import DatasetType
+from medssl_cli.data.label_checks import FoundLabels, LabelRules, check_label_map, class_findings
 from medssl_cli.data.layouts import (
     FOREIGN,
     LayoutChoice,
@@ -83,18 +85,27 @@ from medssl_cli.report.overlay import (
     window,
 )
 from medssl_cli.report.page import Html, Page, chip, escaped, image, joined, link, path_text
+from medssl_cli.services.check_segment import (
+    SEGMENT,
+    LabelledSet,
+    LabelQuestion,
+    read_labelled_set,
+    refuse_idle_options,
+)
 from medssl_cli.services.worker_pool import ordered_map
 
 log = logging.getLogger(__name__)
 
 COMMAND = "check-data"
 REPORT, PAGE, FAILURES = "check_data.json", "check_data.html", "failures.csv"
-TASKS = ("pretrain", "images", "classify")
-LATER_TASKS = ("segment", "ct-pet", "coco")
+CT_PET = "ct-pet"
+TASKS = ("pretrain", "images", "classify", SEGMENT, CT_PET)
+LATER_TASKS = ("coco",)
 SEVERITIES = ("error", "warning", "info")
 THUMBNAIL_SIDE = 128
 MAX_CARDS = 400
 """Cases shown with a picture: those with an error first, then the others, each in their order."""
+CAPTION = "Slices as radiologists look at them: the patient's right is on the left. The line is the ROI."
 _SMALL = 4  # so few cases are done before a second process has started
 _SHOWN_CASES = 8
 _SPLIT_NAMES = ("train", "val", "test")
@@ -114,6 +125,7 @@ class Job:
         how: ``folder`` of a case tree, case whose files are ``named`` by another layout, a ``row`` of a table, or a
             ``picture``.
         stats: Whether the means of its images are wanted.
+        labels: What is asked of its label map; None where none is looked at.
     """
 
     case: Case
@@ -122,6 +134,7 @@ class Job:
     owners: Mapping[str, Owner] = field(default_factory=dict)
     how: Literal["folder", "named", "row", "picture"] = "row"
     stats: bool = False
+    labels: LabelRules | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ class Looked:
     thumbnail: bytes | None
     shown: str
     moments: dict[str, Moments] = field(default_factory=dict)
+    labels: FoundLabels | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,9 @@ class CheckResult:
             means, deviations = (", ".join(f"{v:.8f}" for v in r["stats"][key]) for key in ("mean", "std"))
             lines.append(f"# {', '.join(r['stats']['channels'])}: of {counted(r['stats']['n_cases'], 'case')}")
             lines.append(f"crops: {{mean: [{means}], std: [{deviations}]}}")
+        for entry in r.get("classes", [])[1:]:
+            of_cases = f"in {entry['n_cases']} of {counted(r['n_cases'], 'case')}"
+            lines.append(f"class {entry['name']} (value {entry['values']}): {of_cases}, {entry['n_voxels']} voxels")
         return "\n".join(lines)
 
     def raise_if_bad(self) -> None:
@@ -196,11 +213,12 @@ class CheckResult:
         own = {f.fix for f in errors}
         mend = own.pop() if len(own) == 1 and "" not in own else "mend the files"
         skippable = all(f.case_id and not f.code.endswith("_across_splits") for f in errors)
+        has_csv = self.report["task"] != CT_PET
         if self.on_error == "skip" and skippable and len(bad) < self.report["n_cases"]:
-            fix = f"{mend}; or train on the others with --split-csv and the file of --fix-csv"
-            raise PartialFailure(what, where=where, fix=fix, code="check_failed")
-        fix = f"{mend}; or write a CSV without these cases with --fix-csv FILE"
-        raise DataError(what, where=where, fix=fix, code="check_failed")
+            others = "; or train on the others with --split-csv and the file of --fix-csv" if has_csv else ""
+            raise PartialFailure(what, where=where, fix=mend + others, code="check_failed")
+        others = "; or write a CSV without these cases with --fix-csv FILE" if has_csv else ""
+        raise DataError(what, where=where, fix=mend + others, code="check_failed")
 
 
 def check_data(
@@ -225,12 +243,18 @@ def check_data(
     modality: str = "",
     windows_hu: Sequence[tuple[float, float]] = (),
     stats: bool = False,
+    dataset_type: DatasetType = "auto",
+    patient_regex: str | None = None,
+    mask_threshold: int | None = None,
+    label: str = "",
+    classes: Sequence[str] = (),
 ) -> CheckResult:
     """Read every case of a tree or table and collect findings; nothing in ``source`` is changed.
 
     Args:
-        source: Case tree, image tree, series table, or a data set in another layout.
-        task: ``pretrain``, ``images`` or ``classify``; None takes ``images`` for an image tree, else ``pretrain``.
+        source: Case tree, image tree, series table, CT-PET slices, or a data set in another layout.
+        task: ``pretrain``, ``images``, ``classify``, ``segment`` or ``ct-pet``; None takes ``segment`` where a label
+            map or classes are named, ``images`` for an image tree, else ``pretrain``.
         sequences: Sequences of each case, the first is the reference grid; None takes those that the layout names, else
             T2w, ADC and diffusion of the prostate.
         split_csv: CSVs of ids, or folders that hold train.csv, val.csv, test.csv; each file is a split of that name.
@@ -248,15 +272,62 @@ def check_data(
         modality: Kind of pictures; a folder of that name below ``source`` is taken.
         windows_hu: (low, high) of each window in HU that training will take.
         stats: Mean and standard deviation of all images, scaled as for training.
+        dataset_type, patient_regex, mask_threshold: For ``ct-pet`` alone, as of ``check_ct_pet``.
+        label, classes: For ``segment`` alone: stem of the label map, or folder of those of pictures; names of the
+            structures.
 
     Raises:
         ConfigError: A task that is not built, options that do not fit it, or an output folder that cannot be used.
         DataError: Nothing to check, unreadable tables, unknown ids.
     """
+    pairs = {
+        "--dataset-type": dataset_type != "auto",
+        "--patient-regex": patient_regex is not None,
+        "--mask-threshold": mask_threshold is not None,
+    }
+    if task == CT_PET:
+        from medssl_cli.services.check_ct_pet import check_ct_pet  # which draws its page with the parts of this file
+
+        _refuse_idle(
+            task,
+            {
+                "--sequences": sequences is not None,
+                "--split-csv": bool(split_csv),
+                "--labels": labels is not None,
+                "--target": target is not None,
+                "--roi": roi != ROI_STEM,
+                "--min-roi-pixels": min_roi_pixels != 1,
+                "--allow-missing": missing_allowed,
+                "--fix-csv": fix_csv is not None,
+                "--layout": layout != "auto",
+                "--template": bool(template),
+                "--modality": bool(modality),
+                "--window-hu": bool(windows_hu),
+                "--stats": stats,
+                "--label": bool(label),
+                "--classes": bool(classes),
+            },
+        )
+        return check_ct_pet(
+            source,
+            dataset_type=dataset_type,
+            patient_regex=patient_regex,
+            mask_threshold=mask_threshold,
+            out=out,
+            overwrite=overwrite,
+            on_error=on_error,
+            workers=workers,
+            progress=progress,
+        )
+    _refuse_idle(task or "no task", pairs)
     started = time.time()
     source = modality_folder(source, modality) if modality else source
     kind = asked_layout(source, layout, template)
+    question = LabelQuestion(label, tuple(classes), min_roi_pixels)
+    task = SEGMENT if task is None and (label or classes) else task
     task = _checked_task(task, "cases" if kind in FOREIGN else kind, labels)
+    others = {"--labels": labels is not None, "--target": target is not None, "--roi": roi != ROI_STEM}
+    refuse_idle_options(task, question, others)
     if sequences is None:
         sequences = layout_channels(source, kind) or PRETRAIN_SEQUENCES
     if not sequences:
@@ -275,32 +346,41 @@ def check_data(
     rules = CaseRules(sequences, roi, min_roi_pixels, missing_allowed, tuple(windows_hu))
     if kind == "table":
         splits = _row_splits(source, splits)
-    jobs, findings = _plan(source, kind, rules, splits, template)
+    labelled: LabelledSet | None = None
+    if task == SEGMENT:
+        labelled = read_labelled_set(source, kind, sequences, question, splits, template)
+        kind = "images" if labelled.pictures else kind
+        jobs, findings = _plan_labelled(source, kind, replace(rules, roi=""), splits, labelled)
+    else:
+        jobs, findings = _plan(source, kind, rules, splits, template)
     jobs = [replace(job, stats=stats) for job in jobs]
     findings += _label_findings(source, kind, task, labels, target, jobs)
-    page = _Gallery() if out is not None else None
-    with _folder_for_results(out, overwrite, _inputs(source, splits, labels, jobs)) as claim:
-        sums = _Sums()
-        kept = _look_at_all(jobs, workers, page, progress, findings, sums)
+    caption = CAPTION if labelled is None else CAPTION.replace("the ROI", "the label map")
+    page = Gallery(caption) if out is not None else None
+    with folder_for_results(out, overwrite, _inputs(source, splits, labels, jobs)) as claim:
+        sums, label_maps = _Sums(), _LabelMaps()
+        kept = _look_at_all(jobs, workers, page, progress, findings, sums, label_maps)
+        if labelled is not None:
+            kept += label_maps.findings(labelled, source)
         shown = [replace(f, path=hide_home(f.path), message=hide_home(f.message)) for f in kept]
         asked = sequences if kind == "cases" or kind in FOREIGN else ()
-        report = _report(started, source, task, asked, splits, jobs, shown)
+        counts = {name: len(ids.ids) for name, (_, ids) in splits.items()}
+        ids = [job.case.case_id for job in jobs]
+        report = report_of(started, source, task, asked, counts, ids, shown)
         report["layout"] = kind
         report["stats"] = sums.report(sequences, windows_hu) if stats else None
+        if labelled is not None:
+            report["classes"] = label_maps.classes
         result = CheckResult(report, shown, out, on_error)
         claim()
         if fix_csv is not None:
             _write_fixed(fix_csv, source, kind, split_csv, jobs, shown)
-        if out is not None and page is not None:
-            write_json(out / REPORT, report)
-            errors = [(f.case_id, f.path, f.message, f.fix) for f in shown if f.severity == "error"]
-            write_failures(out / FAILURES, errors)
-            page.write(out / PAGE, result)
+        write_results(result, page)
     return result
 
 
 @contextlib.contextmanager
-def _folder_for_results(out: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
+def folder_for_results(out: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
     """Hold ``out``, if any, and give what makes it ready: only that deletes what lay in it."""
     if out is None:
         yield lambda: None
@@ -315,16 +395,18 @@ def _inputs(
 ) -> list[Path]:
     """All that is read: the source, tables, and the files that they name."""
     tables = [*(path for path, _ in splits.values()), *([] if labels is None else [labels])]
-    return [source, *tables, *(entry.path for job in jobs for entry in job.case.sequences.values())]
+    masks = [job.labels.path for job in jobs if job.labels is not None and job.labels.path is not None]
+    return [source, *tables, *masks, *(entry.path for job in jobs for entry in job.case.sequences.values())]
 
 
 def _look_at_all(
     jobs: Sequence[Job],
     workers: int | None,
-    page: _Gallery | None,
+    page: Gallery | None,
     progress: Progress | None,
     findings: Sequence[Finding],
     sums: _Sums,
+    label_maps: _LabelMaps,
 ) -> list[Finding]:
     """Findings of each case, then ``findings`` and those that only all cases together show."""
     cases, kept, channels = [], [], {}
@@ -335,6 +417,7 @@ def _look_at_all(
             if looked.channels is not None:
                 channels[looked.case.case_id] = looked.channels
             sums.add(looked)
+            label_maps.add(looked)
             if page is not None:
                 page.add(looked)
             if progress is not None:
@@ -360,6 +443,24 @@ def _check_windows(windows_hu: Sequence[tuple[float, float]], kind: LayoutName, 
             where=f"--window-hu with {', '.join(sequences)}",
             fix="name the CT alone with --sequences",
             code="window_hu",
+        )
+
+
+def _refuse_idle(task: str, given: Mapping[str, bool]) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        ConfigError: Those that were given.
+    """
+    idle = [name for name, is_given in given.items() if is_given]
+    if idle:
+        own = "they belong to" if len(idle) > 1 else "it belongs to"
+        fix = f"leave it out; {own} --task {CT_PET}" if task != CT_PET else "leave it out; the files tell"
+        raise ConfigError(
+            f"{counted(len(idle), 'option')} would have no effect.",
+            where=f"{', '.join(idle)} with --task {task}" if task != "no task" else f"{', '.join(idle)} without --task",
+            fix=fix,
+            code="option_idle",
         )
 
 
@@ -476,6 +577,18 @@ def _plan_folders(
     return jobs, check_splits({**splits, **_siblings(splits)}, patients)
 
 
+def _plan_labelled(
+    source: Path, kind: LayoutName, rules: CaseRules, splits: Mapping[str, tuple[Path, Ids]], labelled: LabelledSet
+) -> tuple[list[Job], list[Finding]]:
+    """The cases of a data set with label maps, and what can be found without looking."""
+    owners = read_owners(source) if kind == "cases" else {}
+    how: Literal["folder", "named", "picture"] = (
+        "folder" if kind == "cases" else "picture" if labelled.pictures else "named"
+    )
+    jobs = [Job(case, rules, source, owners, how, labels=labelled.rules_of(case)) for case in labelled.cases]
+    return jobs, [*labelled.findings, *check_splits({**splits, **_siblings(splits)}, labelled.patients)]
+
+
 def _known_rows(source: Path, siblings: Mapping[str, tuple[Path, Ids]]) -> dict[str, tuple[Path, Ids]]:
     """The sibling lists that name rows of this table; another list beside a split is none of it."""
     known = {}
@@ -536,6 +649,8 @@ def look(job: Job) -> Looked:
         checked = check_named_case(job.case, job.rules, job.root)
     else:
         checked = check_case(job.case, job.rules, only_pictures=job.how == "picture")
+    if job.labels is not None:
+        check_label_map(checked, job.labels, job.root)
     pictures = list(checked.pictures.values())
     return Looked(
         case=checked.case,
@@ -545,7 +660,14 @@ def look(job: Job) -> Looked:
         thumbnail=_thumbnail(checked),
         shown=", ".join([*checked.volumes, *checked.pictures]),
         moments=_moments(checked, job.rules) if job.stats else {},
+        labels=_found_labels(checked, job.labels),
     )
+
+
+def _found_labels(checked: CheckedCase, rules: LabelRules | None) -> FoundLabels | None:
+    if rules is None or rules.path is None or not checked.label_voxels:
+        return None
+    return FoundLabels(checked.case.case_id, rules.path, checked.label_voxels)
 
 
 def _moments(checked: CheckedCase, rules: CaseRules) -> dict[str, Moments]:
@@ -563,7 +685,7 @@ def _moments(checked: CheckedCase, rules: CaseRules) -> dict[str, Moments]:
 
 def _thumbnail(checked: CheckedCase) -> bytes | None:
     """JPEG of all sequences side by side: the slice with most ROI, or the middle one; None if nothing is readable."""
-    tiles = [_picture_tile(picture) for picture in checked.pictures.values()]
+    tiles = [_picture_tile(picture, checked.labels_HW) for picture in checked.pictures.values()]
     volumes = {name: volume.reoriented("RAS") for name, volume in checked.volumes.items() if volume.array.ndim == 3}
     roi = None if checked.roi is None else checked.roi.reoriented("RAS")
     tiles += [_volume_tile(volume, roi) for volume in volumes.values()]
@@ -583,11 +705,34 @@ def _volume_tile(volume: Volume, roi: Volume | None) -> np.ndarray:
     return draw(picture, contour(fitted(mask, THUMBNAIL_SIDE, spacing, smooth=False)[..., 0] > 0))
 
 
-def _picture_tile(image_CHW: np.ndarray) -> np.ndarray:
+def _picture_tile(image_CHW: np.ndarray, labels_HW: np.ndarray | None) -> np.ndarray:
     if image_CHW.shape[0] == 3 and image_CHW.dtype == np.uint8:
-        return fitted(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), THUMBNAIL_SIDE)
-    grey = image_CHW.mean(axis=0)
-    return fitted(window(grey, float(grey.min()), float(grey.max())), THUMBNAIL_SIDE)
+        tile = fitted(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), THUMBNAIL_SIDE)
+    else:
+        grey = image_CHW.mean(axis=0)
+        tile = fitted(window(grey, float(grey.min()), float(grey.max())), THUMBNAIL_SIDE)
+    if labels_HW is None:
+        return tile
+    mask = fitted(window(labels_HW > 0, 0, 1), THUMBNAIL_SIDE, smooth=False)[..., 0] > 0
+    return draw(tile, contour(mask))
+
+
+class _LabelMaps:
+    """Voxels by value of all label maps, kept until the last is known."""
+
+    def __init__(self) -> None:
+        self._found: list[FoundLabels] = []
+        self.classes: list[dict[str, Any]] = []
+
+    def add(self, looked: Looked) -> None:
+        """Keep those of one case."""
+        if looked.labels is not None:
+            self._found.append(looked.labels)
+
+    def findings(self, labelled: LabelledSet, source: Path) -> list[Finding]:
+        """What all of them together show; ``classes`` is filled."""
+        found, self.classes = class_findings(self._found, labelled.spec, labelled.question.classes, source)
+        return found
 
 
 class _Sums:
@@ -634,15 +779,16 @@ class _Sums:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _report(
+def report_of(
     started: float,
     source: Path,
     task: str,
     sequences: Sequence[str],
-    splits: Mapping[str, tuple[Path, Ids]],
-    jobs: Sequence[Job],
+    splits: Mapping[str, int],
+    case_ids: Sequence[str],
     findings: Sequence[Finding],
 ) -> dict[str, Any]:
+    """Contents of ``check_data.json``, less what belongs to one task; ``splits`` counts the cases of each."""
     bad = _bad_cases(findings)
     lists = {s: [_entry(f) for f in findings if f.severity == s] for s in SEVERITIES}
     return {
@@ -650,13 +796,23 @@ def _report(
         "source": hide_home(str(source)),
         "task": task,
         "sequences": list(sequences),
-        "splits": {name: len(ids.ids) for name, (_, ids) in splits.items()},
-        "n_cases": len(jobs),
-        "n_ok": sum(job.case.case_id not in bad for job in jobs),
+        "splits": dict(splits),
+        "n_cases": len(case_ids),
+        "n_ok": sum(name not in bad for name in case_ids),
         "errors": lists["error"],
         "warnings": lists["warning"],
         "infos": lists["info"],
     }
+
+
+def write_results(result: CheckResult, gallery: Gallery | None) -> None:
+    """check_data.json, failures.csv and check_data.html, if there is a folder for them."""
+    if result.out is None or gallery is None:
+        return
+    write_json(result.out / REPORT, result.report)
+    errors = [(f.case_id, f.path, f.message, f.fix) for f in result.findings if f.severity == "error"]
+    write_failures(result.out / FAILURES, errors)
+    gallery.write(result.out / PAGE, result)
 
 
 def _entry(finding: Finding) -> dict[str, str]:
@@ -709,10 +865,15 @@ def _is_good(name: str, bad: set[str], kind: LayoutName) -> bool:
     return not any(case_id == name or case_id.endswith(f"/{name}") or name.endswith(f"/{case_id}") for case_id in bad)
 
 
-class _Gallery:
-    """Cards of the page, collected while cases come in; bounded, so that a large cohort keeps a readable page."""
+class Gallery:
+    """Cards of the page, collected while cases come in; bounded, so that a large cohort keeps a readable page.
 
-    def __init__(self) -> None:
+    Args:
+        caption: How the pictures are to be read.
+    """
+
+    def __init__(self, caption: str = CAPTION) -> None:
+        self._caption = caption
         self._cards: list[tuple[str, Html, bool]] = []
         self._left_out = 0
 
@@ -759,7 +920,7 @@ class _Gallery:
                 ("Severity", "Case", "What", "File", "How to mend it"), [_row(g, anchors) for g in _alike(serious)]
             )
         page.heading("Cases")
-        page.text("Slices as radiologists look at them: the patient's right is on the left. The line is the ROI.")
+        page.text(self._caption)
         if self._left_out:
             page.note(f"Without room here, in check_data.json: {counted(self._left_out, 'case')}.", "info")
         page.cards((anchors[case_id], content) for case_id, content, _ in cards)

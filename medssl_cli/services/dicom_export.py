@@ -43,6 +43,14 @@ SERIES_OFFSET = 9000
 """Added to the number of the source series, so that new series stand behind it in lists."""
 SCHEME = "99MEDSSL"
 """Coding scheme of what no public code says."""
+Code = tuple[str, str, str]
+"""(value, scheme, meaning)."""
+Property = tuple[Code, Code]
+"""Category and type of what a segment shows."""
+HOT_REGION: Property = (
+    ("309825002", "SCT", "Spatial and Relational Concept"),
+    ("HOT-REGION", SCHEME, "Region of high values of a map"),
+)
 _LPS = np.diag([-1.0, -1.0, 1.0])  # DICOM counts to left and posterior, affines to right and anterior
 
 
@@ -60,6 +68,14 @@ def dicom_formats(text: str | None, *, heatmap: bool) -> tuple[str, ...]:
         return ()
     names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
     unknown = [name for name in names if name not in FORMATS]
+    if "rtstruct" in unknown:
+        raise ConfigError(
+            "A heat map is not written as DICOM 'rtstruct': contours outline what a model segmented, and a heat map "
+            "has no outline.",
+            where=f"--dicom {text}",
+            fix="name some of pm, sc, seg; or a segmentation network with --model",
+            code="dicom_format_unknown",
+        )
     if unknown:
         raise ConfigError(
             f"--dicom does not know {unknown[0]!r}.",
@@ -94,6 +110,15 @@ def check_dicom_source(path: Path) -> None:
             fix="name the folder of DICOM files, or leave --dicom out",
             code="dicom_needs_dicom",
         )
+
+
+def highdicom_is_there() -> None:
+    """Refuse early where DICOM cannot be written.
+
+    Raises:
+        ResourceError: highdicom is not installed.
+    """
+    _highdicom()
 
 
 def _highdicom() -> ModuleType:
@@ -315,7 +340,8 @@ def write_segmentation(
     *,
     algorithm: str,
     description: str,
-    property_type: tuple[str, str, str] = ("HOT-REGION", SCHEME, "Region of high values of a map"),
+    content_label: str = "HEATMAP",
+    properties: Mapping[int, Property] | None = None,
 ) -> None:
     """A label map as a binary Segmentation, one segment a label; of a heat map or of any other model.
 
@@ -326,7 +352,8 @@ def write_segmentation(
         names: Of the labels that count; others are background.
         algorithm: Name of what made it.
         description: Of the series.
-        property_type: (value, scheme, meaning) of what the segments show.
+        content_label: Identifies the content for people, in capitals.
+        properties: What the segment of each label shows; the hot region of a map if not given.
     """
     hd = _highdicom()
     labels_FRC = series.frames(labels.array)
@@ -340,16 +367,17 @@ def write_segmentation(
             version=package_version(),
             source=NOTE,
         )
+        shown = dict.fromkeys(names, HOT_REGION) if properties is None else properties
         segments = [
             hd.seg.SegmentDescription(
                 segment_number=number,
                 segment_label=name[:64],
-                segmented_property_category=_code("309825002", "SCT", "Spatial and Relational Concept"),
-                segmented_property_type=_code(*property_type),
+                segmented_property_category=_code(*shown[label][0]),
+                segmented_property_type=_code(*shown[label][1]),
                 algorithm_type="AUTOMATIC",
                 algorithm_identification=identification,
             )
-            for number, name in enumerate(names.values(), start=1)
+            for number, (label, name) in enumerate(names.items(), start=1)
         ]
         made = hd.seg.Segmentation(
             source_images=series.headers,
@@ -358,7 +386,7 @@ def write_segmentation(
             segment_descriptions=segments,
             **dicom_identity(series, 3, "segmentation", numbers_FRC, algorithm, description, *names.values()),
             content_description=NOTE,
-            content_label="HEATMAP",
+            content_label=content_label,
             omit_empty_frames=False,
         )
         made.SeriesDescription = f"{description} ({NOTE})"[:64]

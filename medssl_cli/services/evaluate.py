@@ -37,6 +37,7 @@ from medssl_cli.report.eval_page import group_unit
 from medssl_cli.services import evaluate_groups, evaluate_missing
 from medssl_cli.services.evaluate_comparison import comparison_facts, read_evaluation
 from medssl_cli.services.evaluate_files import score_files
+from medssl_cli.services.evaluate_masks_request import is_masks
 from medssl_cli.services.evaluate_measures import DELONG_DEFINITION, case_losses, delong_facts, measure, measured_facts
 from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Progress, Scored, check_request
 from medssl_cli.services.evaluate_results import publish, write_results
@@ -60,6 +61,10 @@ def evaluate(request: EvaluateRequest, *, progress: Progress | None = None) -> R
         CheckpointError: The head or its backbone cannot be loaded.
         ResourceError: No such device, or not enough memory or disk.
     """
+    if is_masks(request):
+        from medssl_cli.services.evaluate_masks import evaluate_masks  # SciPy's trees and graphs: not for a table
+
+        return evaluate_masks(request, progress=progress)
     started = time.time()
     check_request(request)
     inputs = request.inputs()

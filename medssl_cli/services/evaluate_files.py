@@ -34,7 +34,7 @@ def score_files(request: EvaluateRequest) -> Scored:
     """Read and join two tables.
 
     Raises:
-        ConfigError: No table: a folder of label maps or a COCO file; or no reference.
+        ConfigError: No table, such as a COCO file; or no reference.
         DataError: A table cannot be read, a prediction is missing, an id stands there twice, or no label is known.
     """
     path = table_at(cast(Path, request.predictions), PREDICTIONS, "predictions")
@@ -80,16 +80,17 @@ def table_at(path: Path, name: str, what: str) -> Path:
     """The table that a file or a folder of results is.
 
     Raises:
-        ConfigError: Something else, such as a folder of label maps: only tables are read.
+        ConfigError: Something else, such as a COCO file: only tables are read here.
     """
     if path.is_dir() and (path / name).is_file():
         return path / name
     if path.is_dir() or path.suffix.lower() not in (".csv", ".tsv", ".txt"):
         kind = "a folder without " + name if path.is_dir() else f"a file {path.suffix or 'without suffix'}"
         raise ConfigError(
-            f"The {what} are no table; masks and boxes cannot be evaluated.",
+            f"The {what} are neither a table nor label maps; boxes cannot be evaluated.",
             where=f"{hide_home(str(path))}: {kind}",
-            fix="give a CSV with one row a case; label maps and COCO files are not read by this version of medssl",
+            fix="give a CSV with one row a case, or a folder of label maps (.nii.gz, .png, .npy); COCO files are not "
+            "read by this version of medssl",
             code="predictions_not_table",
         )
     return path

@@ -390,7 +390,7 @@ def _refuse_seen(head: Head, name: str, cases: Iterable[tuple[str, str]]) -> Non
         DataError: ``split_leak``.
         CheckpointError: The list of these cases cannot be read.
     """
-    seen_cases, seen_patients = _seen(head.folder / CASES)
+    seen_cases, seen_patients = read_seen(head.folder / CASES)
     shared = []
     for case_id, patient_id in dict(cases).items():
         if case_id in seen_cases:
@@ -439,16 +439,20 @@ def _refuse_copies(source: _Source) -> None:
         )
 
 
-def _seen(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(part by case, part by patient) of a head run."""
+def read_seen(path: Path, what: str = "head") -> tuple[dict[str, str], dict[str, str]]:
+    """(part by case, part by patient) of a run: what it was trained and chosen on.
+
+    Raises:
+        CheckpointError: The list cannot be read.
+    """
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = [(row["part"], row["case_id"], row["patient_id"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, csv.Error) as error:
         raise CheckpointError(
-            "The list of the cases that the head was trained on cannot be read.",
+            f"The list of the cases that the {what} was trained on cannot be read.",
             where=f"{hide_home(str(path))}: {error}",
-            fix="copy the whole run folder of the head",
+            fix=f"copy the whole run folder of the {what}",
             code="head_cases_missing",
         ) from error
     kept = [row for row in rows if row[0] in _SEEN]

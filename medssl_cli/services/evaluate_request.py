@@ -64,6 +64,14 @@ class EvaluateRequest:
     on_error: Literal["stop", "skip"] = "stop"
     overwrite: bool = False
     overrides: tuple[str, ...] = ()
+    tolerance_mm: float | None = None
+    hd_empty: str | None = None
+    lesions: bool = False
+    probabilities: Path | None = None
+    group_pattern: str | None = None
+    classes: tuple[str, ...] = ()
+    label: str | None = None
+    save_predictions: bool = False
 
     @property
     def of_files(self) -> bool:
@@ -72,7 +80,8 @@ class EvaluateRequest:
 
     def inputs(self) -> list[Path]:
         """What is read, and must not be deleted."""
-        paths = (self.model, self.data, self.predictions, self.reference, self.subgroups, self.compare, self.labels)
+        given = (self.model, self.data, self.predictions, self.reference, self.subgroups, self.compare, self.labels)
+        paths = (*given, self.probabilities)
         models = [] if self.of_files else model_paths(self.model, backbone=self.backbone)
         named = [path for path in (*paths, self.splits, self.split_csv, self.backbone) if path is not None]
         return [*named, *models, default_cache(self.cache)]
@@ -144,7 +153,7 @@ def check_request(request: EvaluateRequest) -> None:
     Raises:
         ConfigError: With each of them.
     """
-    faults = [*_missing(request), *_without_effect(request), *_out_of_range(request)]
+    faults = [*_missing(request), *_without_effect(request), *_masks_only(request), *_out_of_range(request)]
     if faults:
         raise ConfigError(
             f"{'One option' if len(faults) == 1 else f'{len(faults)} options'} of `medssl eval` cannot be used so.",
@@ -191,6 +200,20 @@ def _without_effect(request: EvaluateRequest) -> list[str]:
     if request.splits is None and request.split_csv is not None and request.split is not None:
         found.append("--split: without effect beside --split-csv, which names the cases")
     return found
+
+
+def _masks_only(request: EvaluateRequest) -> list[str]:
+    named = (
+        ("--tolerance-mm", request.tolerance_mm is not None),
+        ("--hd-empty", request.hd_empty is not None),
+        ("--lesions", request.lesions),
+        ("--probabilities", request.probabilities is not None),
+        ("--group-pattern", request.group_pattern is not None),
+        ("--classes", bool(request.classes)),
+        ("--label", request.label is not None),
+        ("--save-predictions", request.save_predictions),
+    )
+    return [f"{name}: only for masks; what is evaluated here gives none" for name, given in named if given]
 
 
 def _out_of_range(request: EvaluateRequest) -> list[str]:

@@ -21,6 +21,7 @@ from medssl_cli.services.predictions import PredictionTable, number_text, predic
 METRICS = "metrics.json"
 RESULT_FILES = (
     *("failures.csv", "missing_sequences.csv", "per_case.csv", "predictions.csv", "probs.npy", "report.html"),
+    *("per_image.csv", "lesions.csv"),
     METRICS,
 )  # fmt: skip
 MOST_CURVES = 12

@@ -61,7 +61,7 @@ from medssl_cli.services.extract_features import (
     views_of,
 )
 from medssl_cli.services.launch import launch
-from medssl_cli.services.lookup import find_model
+from medssl_cli.services.lookup import find_backbone
 from medssl_cli.services.pretrain_group import (
     device_of,
     first_speaks,
@@ -124,7 +124,7 @@ def extract(request: ExtractRequest, *, progress: Progress | None = None) -> Res
     device = device_of(request, place)
     with joined(place, device), first_speaks(), stoppable("extracting"):
         config = _config(request)
-        backbone = open_backbone(find_model(request.model), device)
+        backbone = open_backbone(find_backbone(request.model), device)
         embedder = Embedder(backbone, config, FeatureCache(default_cache(request.cache)))
         _refuse_absent(request.input)
         whole = from_first(lambda: is_cohort(request.input, backbone))

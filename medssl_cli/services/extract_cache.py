@@ -11,7 +11,7 @@ from medssl_cli.core.result import Result
 from medssl_cli.core.run import hide_home, plain, result_header
 from medssl_cli.data.feature_cache import FeatureCache
 from medssl_cli.data.store import default_cache
-from medssl_cli.services.lookup import find_model
+from medssl_cli.services.lookup import find_backbone
 
 COMMAND = "extract"
 
@@ -53,7 +53,7 @@ def _entries(count: int) -> str:
 
 
 def _digest_of(model: Path) -> str:
-    card = find_model(model).weights.with_suffix(".json")
+    card = find_backbone(model).weights.with_suffix(".json")
     try:
         return str(json.loads(card.read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -26,7 +26,7 @@ from medssl_cli.services.finetune_training import Progress, Tuned, Tuner
 from medssl_cli.services.head import is_head_run
 from medssl_cli.services.head_config import Task
 from medssl_cli.services.head_request import COMMAND, TrainHeadRequest
-from medssl_cli.services.lookup import find_model
+from medssl_cli.services.lookup import find_backbone
 from medssl_cli.services.run_folder import HeldLog, RunFolder, stoppable
 from medssl_cli.services.train_head import check_task, metric_lines, next_lines
 
@@ -55,7 +55,7 @@ def finetune(request: TrainHeadRequest, *, progress: Progress | None = None) -> 
         RunFolder(request.out, COMMAND, lines, overwrite=request.overwrite, inputs=request.inputs()) as folder,
         stoppable("fine-tuning"),
     ):
-        backbone = open_backbone(find_model(request.model), device)
+        backbone = open_backbone(find_backbone(request.model), device)
         origin = dict(backbone.card)
         job = read_job(request, backbone, config, task)
         tuner = build_tuner(job)

@@ -36,7 +36,7 @@ from medssl_cli.services.extract_features import (
 )
 from medssl_cli.services.head_config import HeadConfig, Task
 from medssl_cli.services.head_request import TrainHeadRequest
-from medssl_cli.services.lookup import find_model
+from medssl_cli.services.lookup import find_backbone
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _made_features(
             code="data_empty",
         )
     log.info("%s holds no features: vectors are made of it as raw data", hide_home(str(request.data)))
-    backbone = open_backbone(find_model(request.model), resolve_device(request.device))
+    backbone = open_backbone(find_backbone(request.model), resolve_device(request.device))
     cohort = asked_cohort(request.data, backbone, request)
     _refuse_no_training(tuple(cohort.parts), request.data)
     used = {name: cases for name, cases in cohort.parts.items() if name in _USED}

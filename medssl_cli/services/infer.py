@@ -7,75 +7,38 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.result import Result
-from medssl_cli.core.run import (
-    check_out_folder,
-    claim_out_folder,
-    hide_home,
-    locked,
-    plain,
-    result_header,
-    temporary_folder,
-    write_failures,
-    write_json,
-)
+from medssl_cli.core.run import result_header, temporary_folder, write_json
 from medssl_cli.core.wording import counted
 from medssl_cli.data.images import volume_stem
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.backbone import Backbone, open_backbone, read_planes, saying_memory
 from medssl_cli.services.case_input import Named, Wanted, found_case, named_cases
-from medssl_cli.services.case_results import CaseResults, publish, remove_results, shown
+from medssl_cli.services.case_results import CaseResults, publish, shown
 from medssl_cli.services.devices import resolve_device
 from medssl_cli.services.dicom_export import check_dicom_source, dicom_formats
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.head import Head, open_head
 from medssl_cli.services.heatmaps import HEAD_METHODS, InferConfig, look, look_with_head
+from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, infer_cohort, needless
 from medssl_cli.services.infer_head import Limits, check_class, describe, judge, limits_of, lines_of
-from medssl_cli.services.lookup import find_model
+from medssl_cli.services.lookup import FoundModel, find_model
 from medssl_cli.services.predictions import prediction_table, write_predictions
 from medssl_cli.services.quality import is_guessed, map_flags, quality_flags
 
 log = logging.getLogger(__name__)
 
-COMMAND = "infer"
 PREDICTIONS = "predictions.csv"
-DEFAULT_TOP_K = 5
 HEAD_DECIDES = ("max_side", "stride")
 """Keys that a head brings with its settings of extraction."""
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class InferRequest:
-    """What the user typed. Names as the options of ``medssl infer``."""
-
-    cases: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
-    model: Path | None = None
-    heatmap: bool = False
-    out: Path = Path("out")
-    top_k: int | None = None
-    sequence: str | None = None
-    device: str = "auto"
-    on_error: Literal["stop", "skip"] = "stop"
-    overwrite: bool = False
-    threshold: float | None = None
-    backbone: Path | None = None
-    dicom: str | None = None
-
-    @property
-    def slices_listed(self) -> int:
-        """Slices with the highest score that are listed and shown, at most."""
-        return DEFAULT_TOP_K if self.top_k is None else self.top_k
 
 
 @dataclass(frozen=True)
@@ -111,59 +74,66 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> Result:
         ResourceError: No such device, or not enough memory or disk.
     """
     started = time.time()
+    found = find_model(request.model, backbone=request.backbone)
+    if found.segmenter is not None:
+        from medssl_cli.services.infer_segment import infer_segment
+
+        return infer_segment(request, found, started=started, progress=progress)
+    _refuse_segment_options(request)
     config = _config(request)
     formats = dicom_formats(request.dicom, heatmap=request.heatmap)
     cases = named_cases(request.cases)
     if formats:
         for named in cases:
             check_dicom_source(named.path)
-    model = _open(request, config)
+    model = _open(request, config, found)
     config = _fitting(config, model)
     inputs = _inputs(request, cases, model)
-    would_go = check_out_folder(request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
-    claim = partial(claim_out_folder, request.out, COMMAND, overwrite=request.overwrite, inputs=inputs)
-    summaries: list[dict[str, Any]] = []
-    failures: list[tuple[str, str, str, str]] = []
-    with locked(request.out, "output folder"):
-        if not would_go:
-            claim()
-            for leftover in request.out.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-        for done, named in enumerate(cases, start=1):
-            out = request.out if len(cases) == 1 else request.out / named.name
-            slices = progress if len(cases) == 1 else None
-            try:
-                with saying_memory(model.backbone):
-                    summaries.append(_infer_case(named, model, request, config, formats, out, slices, claim))
-            except DataError as error:
-                if request.on_error == "stop":
-                    raise
-                log.warning("%s: %s", named.name, error.what)
-                failures.append((named.name, hide_home(str(named.path)), _reason(error), error.fix))
-            if progress is not None and len(cases) > 1:
-                progress(done, len(cases))
-        if would_go and not summaries:
-            raise _nothing_to_replace_it(failures)
-        write_failures(request.out / "failures.csv", failures)
-        facts = plain({**result_header(COMMAND, started), "cases": summaries, "failures": _failure_facts(failures)})
-        if len(cases) > 1:
-            remove_results(request.out)
-            _write_predictions(request.out / PREDICTIONS, model, summaries)
-            write_json(request.out / "summary.json", facts)
-    lines = [line for summary in summaries for line in _lines(summary, request, len(cases))]
-    return Result(lines, facts, _partial(failures, len(cases), request.out))
+    several = len(cases) > 1
+
+    def infer_case(named: Named, out: Path, slices: Progress | None, claim: Callable[..., None]) -> dict[str, Any]:
+        return _infer_case(named, model, request, config, formats, out, slices, claim)
+
+    return infer_cohort(
+        request,
+        cases,
+        inputs,
+        infer_case,
+        started=started,
+        lines=lambda summary: _lines(summary, request, several=several),
+        saying_memory=lambda: saying_memory(model.backbone),
+        finish=lambda summaries: _write_predictions(request.out / PREDICTIONS, model, summaries),
+        progress=progress,
+    )
+
+
+def _refuse_segment_options(request: InferRequest) -> None:
+    """Options that belong to segmentation networks."""
+    idle = {
+        "--tta": request.tta,
+        "--save-probabilities": request.save_probabilities,
+        "--ct": request.ct is not None,
+        "--pet": request.pet is not None,
+    }
+    given = [name for name, is_given in idle.items() if is_given]
+    if given:
+        raise needless(
+            "This takes a segmentation network, and the model is none.",
+            ", ".join(given),
+            "name the --out folder of `medssl segment` with --model, or leave it out",
+        )
 
 
 def _config(request: InferRequest) -> InferConfig:
     config = load_config(InferConfig, None, recipes=COMMAND, overrides=request.overrides)
     if not request.heatmap and "heatmap_method" in config.model_fields_set:
-        raise _needless(
+        raise needless(
             "heatmap_method has no effect without a heat map.",
             f"heatmap_method={config.heatmap_method}",
             "add --heatmap, or leave the key out",
         )
     if "mask_threshold" in config.model_fields_set and "seg" not in (request.dicom or ""):
-        raise _needless(
+        raise needless(
             "mask_threshold has no effect without a DICOM segmentation.",
             f"mask_threshold={config.mask_threshold}",
             "add --heatmap --dicom seg, or leave the key out",
@@ -178,15 +148,14 @@ def _config(request: InferRequest) -> InferConfig:
     return config
 
 
-def _open(request: InferRequest, config: InferConfig) -> Model:
+def _open(request: InferRequest, config: InferConfig, found: FoundModel) -> Model:
     """The model, loaded once for all cases; keys that it leaves without effect are refused."""
-    found = find_model(request.model, backbone=request.backbone)
     device = resolve_device(request.device)
     given = config.model_fields_set
     if found.head is None:
         _refuse_head_options(request, config)
         if request.top_k is not None and not request.heatmap:
-            raise _needless(
+            raise needless(
                 "--top-k has no effect on a bare backbone without a heat map: nothing ranks the slices.",
                 f"--top-k {request.top_k}",
                 "add --heatmap, or leave it out",
@@ -194,7 +163,7 @@ def _open(request: InferRequest, config: InferConfig) -> Model:
         return Model(open_backbone(found, device))
     idle = [key for key in HEAD_DECIDES if key in given]
     if idle:
-        raise _needless(
+        raise needless(
             "A head brings its own settings of extraction.",
             ", ".join(f"{key}={getattr(config, key)}" for key in idle),
             "leave them out, or train a head on features that were extracted so",
@@ -215,15 +184,11 @@ def _refuse_head_options(request: InferRequest, config: InferConfig) -> None:
     if request.heatmap and config.heatmap_method in HEAD_METHODS:
         idle.append(f"heatmap_method={config.heatmap_method}")
     if idle:
-        raise _needless(
+        raise needless(
             "This takes a trained head, and the model is a bare backbone.",
             ", ".join(idle),
             "name the --out folder of `medssl train-head` with --model, or leave it out",
         )
-
-
-def _needless(what: str, where: str, fix: str) -> ConfigError:
-    return ConfigError(what, where=where, fix=fix, code="config_invalid")
 
 
 def _fitting(config: InferConfig, model: Model) -> InferConfig:
@@ -240,34 +205,6 @@ def _inputs(request: InferRequest, cases: list[Named], model: Model) -> list[Pat
     found = model.backbone.found
     models = [found.run or found.weights, *([] if found.head is None else [found.head])]
     return [*(Path(word) for word in request.cases), *(named.path for named in cases), *models]
-
-
-def _nothing_to_replace_it(failures: list[tuple[str, str, str, str]]) -> DataError:
-    return DataError(
-        f"None of {len(failures)} cases could be looked at; the output folder keeps what it holds.",
-        where="\n".join(f"{path}: {reason}" for _, path, reason, _ in failures[:5]),
-        fix=failures[0][3],
-        code="cases_failed",
-    )
-
-
-def _reason(error: DataError) -> str:
-    return f"{error.what} {error.where}".strip()
-
-
-def _failure_facts(failures: list[tuple[str, str, str, str]]) -> list[dict[str, str]]:
-    return [dict(zip(("case_id", "path", "reason", "fix"), failure, strict=True)) for failure in failures]
-
-
-def _partial(failures: list[tuple[str, str, str, str]], count: int, out: Path) -> PartialFailure | None:
-    if not failures:
-        return None
-    return PartialFailure(
-        f"{len(failures)} of {count} cases failed.",
-        where=hide_home(str(out / "failures.csv")),
-        fix="see the reasons there; the other cases are complete",
-        code="cases_failed",
-    )
 
 
 def _write_predictions(path: Path, model: Model, summaries: list[dict[str, Any]]) -> None:
@@ -395,8 +332,8 @@ def _guessed(named: Named, case: Case, backbone: Backbone, request: InferRequest
     return next(iter(case.sequences)) if is_guess else None
 
 
-def _lines(summary: dict[str, Any], request: InferRequest, count: int) -> list[str]:
-    out = request.out if count == 1 else request.out / summary["case_id"]
+def _lines(summary: dict[str, Any], request: InferRequest, *, several: bool) -> list[str]:
+    out = request.out / summary["case_id"] if several else request.out
     looked_at = "one picture" if summary["slice_spacing_mm"] is None else counted(summary["num_slices"], "slice")
     lines = [f"{summary['case_id']}: {looked_at}, {counted(summary['embedding_dim'], 'number')} each"]
     if "checkpoint" in summary:

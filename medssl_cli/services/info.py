@@ -12,13 +12,25 @@ from typing import Any
 
 from medssl_cli.core.errors import CheckpointError, ConfigError
 from medssl_cli.core.run import LOCK, hide_home, result_header, to_json
-from medssl_cli.services.lookup import EXPORT, find_model, is_head_run, read_head_card, run_status
+from medssl_cli.services.lookup import (
+    EXPORT,
+    SEGMENTER_WEIGHTS,
+    find_model,
+    is_head_run,
+    is_segment_run,
+    read_head_card,
+    read_segmenter_card,
+    run_status,
+)
 
 MAX_HEADER_BYTES = 100_000_000
 """Upper bound of a safetensors header, the format's own."""
 
 CONSTANTS = ("rope_embed.periods", ".bias_mask")
 """Tensors of a weight file that are no parameters."""
+
+OF_SEGMENTER = ("task", "classes", "sequences", "threshold", "tile", "pixel_mm", "context", "epoch", "score")
+"""What is told of a segmentation network, as in its ``model.json``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ def info(path: Path | None) -> Info:
 
 def _newest() -> Path:
     found = find_model(None)
-    return found.head or found.run or found.weights
+    return found.head or found.segmenter or found.run or found.weights
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -92,10 +104,20 @@ def _describe_run(run: Path) -> dict[str, Any]:
         card = read_head_card(run)
         keys = ("task", "classes", "kind", "pool_mode", "level", "thresholds", "calibrated", "selection")
         facts["head"] = {key: card[key] for key in keys if key in card} | {"backbone": card["model"].get("path")}
+    if is_segment_run(run):
+        card = read_segmenter_card(run)
+        facts["segmenter"] = {key: card[key] for key in (*OF_SEGMENTER, "n_parameters") if key in card}
+        facts["segmenter"] |= {"network": card["network"].get("name"), "weights": _sizes(run / SEGMENTER_WEIGHTS)}
     export = run / EXPORT
     if export.is_file():
         facts["export"] = _describe_weights(export)
     return facts
+
+
+def _sizes(path: Path) -> dict[str, Any]:
+    """The tensors of a weight file and its length, from its header."""
+    header = read_safetensors_header(path)
+    return {"tensors": sum(name != "__metadata__" for name in header), "bytes": path.stat().st_size}
 
 
 def _is_held(run: Path) -> bool:

@@ -1,14 +1,15 @@
 """Which model a command works with: the option, MEDSSL_MODEL, or the newest finished run under ./runs.
 
-A run is of a backbone or of a head. A head works on the vectors of one backbone, so that a head run stands for two
-things: the head itself, and the weights of its backbone, which lie in the run (after fine-tuning) or where its card
-says.
+A run is of a backbone, of a head or of a segmentation network. A head works on the vectors of one backbone, so that a
+head run stands for two things: the head itself, and the weights of its backbone, which lie in the run (after
+fine-tuning) or where its card says. A segmentation network is whole by itself, and no backbone for anything else.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ RUNS = Path("runs")
 EXPORT = Path("export/teacher_backbone.safetensors")
 HEAD_CARD = "head.json"
 HEAD_WEIGHTS = "best.safetensors"
+SEGMENTER_CARD = "model.json"
+SEGMENTER_WEIGHTS = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,19 @@ class FoundModel:
     """A weight file and how it was found.
 
     Args:
-        weights: ``.safetensors`` file of the backbone with its card beside it.
+        weights: ``.safetensors`` file of the backbone with its card beside it; of the segmentation network where
+            ``segmenter`` is given.
         run: Run folder that the backbone belongs to, or None for a bare file.
         why: For the user: ``given``, ``MEDSSL_MODEL`` or ``newest finished run under ./runs``.
         head: Run folder of a head that works on this backbone, or None for the backbone alone.
+        segmenter: Run folder of a segmentation network, which holds all that it needs; None for a backbone.
     """
 
     weights: Path
     run: Path | None
     why: str
     head: Path | None = None
+    segmenter: Path | None = None
 
 
 def find_model(model: Path | None, *, backbone: Path | None = None) -> FoundModel:
@@ -50,11 +56,44 @@ def find_model(model: Path | None, *, backbone: Path | None = None) -> FoundMode
         ConfigError: Nothing was named and no finished run exists; or the backbone of a head is not where it was.
         CheckpointError: The named run has no exported backbone, or the file does not exist.
     """
+    return _resolve(*_named_or_newest(model, _is_model), backbone)
+
+
+def find_backbone(model: Path | None) -> FoundModel:
+    """Resolve ``--model`` for a command that needs a backbone: as ``find_model``, with segmentation networks left out.
+
+    Raises:
+        ConfigError: As ``find_model``; or a segmentation network was named.
+        CheckpointError: As ``find_model``.
+    """
+    found = _resolve(*_named_or_newest(model, _has_backbone), None)
+    refuse_segmenter(found)
+    return found
+
+
+def refuse_segmenter(found: FoundModel) -> None:
+    """Refuse a segmentation network where a backbone is needed.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if found.segmenter is not None:
+        raise ConfigError(
+            "This model is a segmentation network: it gives masks, and is no backbone whose features could be used.",
+            where=f"{hide_home(str(found.segmenter))} ({found.why})",
+            fix="name the run of `medssl pretrain` that it was made from; `medssl infer` and `medssl eval` take the "
+            "segmentation network itself",
+            code="model_is_segmenter",
+        )
+
+
+def _named_or_newest(model: Path | None, fits: Callable[[Path], bool]) -> tuple[Path, str]:
+    """(run folder or weight file, why it was taken)."""
     if model is not None:
-        return _resolve(model, "given", backbone)
+        return model, "given"
     if named := os.environ.get("MEDSSL_MODEL"):
-        return _resolve(Path(named), "MEDSSL_MODEL", backbone)
-    finished = [run for run in RUNS.glob("*") if run_status(run) == "finished" and _is_model(run)]
+        return Path(named), "MEDSSL_MODEL"
+    finished = [run for run in RUNS.glob("*") if run_status(run) == "finished" and fits(run)]
     if not finished:
         raise ConfigError(
             "No model was named and no finished run was found.",
@@ -63,7 +102,7 @@ def find_model(model: Path | None, *, backbone: Path | None = None) -> FoundMode
             code="model_missing",
         )
     newest = max(finished, key=lambda run: (run / "run.json").stat().st_mtime)
-    return _resolve(newest, "newest finished run under ./runs", backbone)
+    return newest, "newest finished run under ./runs"
 
 
 def model_paths(model: Path | None, *, backbone: Path | None = None) -> list[Path]:
@@ -72,7 +111,7 @@ def model_paths(model: Path | None, *, backbone: Path | None = None) -> list[Pat
         found = find_model(model, backbone=backbone)
     except (CheckpointError, ConfigError):  # told by whoever opens it
         return []
-    return [path for path in (found.weights, found.run, found.head) if path is not None]
+    return [path for path in (found.weights, found.run, found.head, found.segmenter) if path is not None]
 
 
 def run_status(run: Path) -> str | None:
@@ -86,6 +125,32 @@ def run_status(run: Path) -> str | None:
 def is_head_run(path: Path) -> bool:
     """Whether a folder holds a trained head."""
     return (path / HEAD_CARD).is_file() and (path / HEAD_WEIGHTS).is_file()
+
+
+def is_segment_run(path: Path) -> bool:
+    """Whether a folder holds a trained segmentation network."""
+    return (path / SEGMENTER_CARD).is_file() and (path / SEGMENTER_WEIGHTS).is_file()
+
+
+def read_segmenter_card(run: Path) -> dict[str, Any]:
+    """``model.json`` of a segmentation run.
+
+    Raises:
+        CheckpointError: Missing, or not JSON of a segmentation network.
+    """
+    path = run / SEGMENTER_CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict) or not isinstance(card.get("network"), dict):
+            raise ValueError("it does not tell of a segmentation network")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "The card of the segmentation network cannot be read.",
+            where=f"{hide_home(str(path))}: {str(error)[:200]}",
+            fix="name the --out folder of a finished `medssl segment`, copied whole",
+            code="segmenter_unreadable",
+        ) from error
+    return card
 
 
 def read_head_card(run: Path) -> dict[str, Any]:
@@ -110,12 +175,17 @@ def read_head_card(run: Path) -> dict[str, Any]:
 
 
 def _is_model(run: Path) -> bool:
+    return _has_backbone(run) or is_segment_run(run)
+
+
+def _has_backbone(run: Path) -> bool:
     return (run / EXPORT).is_file() or is_head_run(run)
 
 
 def _resolve(path: Path, why: str, backbone: Path | None) -> FoundModel:
     if path.is_dir() and is_head_run(path):
         return _resolve_head(path, why, backbone)
+    path = _run_of_weights(path)
     if backbone is not None:
         raise ConfigError(
             "A backbone was named for a model that is no head.",
@@ -123,7 +193,15 @@ def _resolve(path: Path, why: str, backbone: Path | None) -> FoundModel:
             fix="leave --backbone out, or name the run folder of a head with --model",
             code="backbone_without_head",
         )
+    if path.is_dir() and is_segment_run(path):
+        return FoundModel(path / SEGMENTER_WEIGHTS, path, why, segmenter=path)
     return _resolve_backbone(path, why)
+
+
+def _run_of_weights(path: Path) -> Path:
+    """The run of a segmentation network whose weight file was named, for its card is found there; else the path."""
+    is_one = path.name == SEGMENTER_WEIGHTS and path.is_file() and is_segment_run(path.parent)
+    return path.parent if is_one and not is_head_run(path.parent) else path
 
 
 def _resolve_backbone(path: Path, why: str) -> FoundModel:

@@ -188,12 +188,23 @@ class _Onlooker(RunFolder):
         """Nothing."""
 
 
+class FolderRequest(Protocol):
+    """What a command that writes a run folder was asked for."""
+
+    @property
+    def overwrite(self) -> bool:
+        """``--overwrite``."""
+        ...
+
+
 @contextmanager
-def open_folder(out: Path, lines: HeldLog, request: PretrainRequest, inputs: list[Path]) -> Iterator[RunFolder]:
+def open_folder(
+    out: Path, lines: HeldLog, request: FolderRequest, inputs: list[Path], command: str = "pretrain"
+) -> Iterator[RunFolder]:
     """The folder, held by the first process; if that one is refused, all are."""
     kind = _Onlooker if rank() else RunFolder
     with contextlib.ExitStack() as held:
-        folder = kind(out, "pretrain", lines, overwrite=request.overwrite, inputs=inputs)
+        folder = kind(out, command, lines, overwrite=request.overwrite, inputs=inputs)
         from_first(lambda: held.enter_context(folder) and None)
         yield folder
 

@@ -192,7 +192,7 @@ def test_series_table(tmp_path: Path) -> None:
     ("words", "code", "text"),
     [
         (["--task", "coco"], 2, "pretrain, images, classify"),
-        (["--task", "ct-pet"], 2, "not part of this version"),
+        (["--task", "coco"], 2, "not part of this version"),
         (["--task", "pretrian"], 2, "did you mean 'pretrain'?"),
         (["--task", "images"], 2, "--task pretrain"),
         (["--task", "classify"], 2, "--labels"),

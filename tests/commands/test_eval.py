@@ -64,7 +64,7 @@ def test_json_is_one_strict_document_on_stdout(
         (("--predictions", "{p}", "--reference", "{r}", "--on-error", "skip"), 2, "--on-error: without effect"),
         (("--predictions", "{p}", "--reference", "{r}", "--threshold", "1.5"), 2, "--threshold"),
         (("--predictions", "{p}", "--reference", "{r}", "--task", "multiclass"), 2, "one probability"),
-        (("--predictions", "{folder}", "--reference", "{r}"), 2, "masks and boxes"),
+        (("--predictions", "{folder}", "--reference", "{r}"), 2, "neither a table nor label maps"),
         (("--model", "{folder}", "--data", "{folder}"), 7, "no exported backbone"),
     ],
 )

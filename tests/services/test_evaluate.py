@@ -320,10 +320,10 @@ def test_a_refused_evaluation_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["masks", "coco.json", "seg.nii.gz"])
-def test_masks_and_boxes_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
-    (tmp_path / "masks").mkdir()
-    with pytest.raises(ConfigError, match="masks and boxes cannot be evaluated") as caught:
+@pytest.mark.parametrize("name", ["empty", "coco.json"])
+def test_what_is_neither_a_table_nor_label_maps_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="boxes cannot be evaluated") as caught:
         evaluate(EvaluateRequest(tmp_path / "out", predictions=tmp_path / name, reference=tmp_path / "r.csv"))
     assert "CSV with one row a case" in caught.value.fix
 
