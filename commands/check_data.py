@@ -50,7 +50,7 @@ def run(
         ),
     ] = "",
     classes: Annotated[
-        str, typer.Option(help="segment: names of the structures, e.g. gland,lesion or lesion=2+3,ignore=255.")
+        str, typer.Option(help="segment: names of the structures, e.g. gland,lesion,ignore=255 or lesion=2+3.")
     ] = "",
     roi: Annotated[str, typer.Option(help="Stem of the mask of the region of interest.")] = "roi_Prostate",
     min_roi_pixels: Annotated[int, typer.Option(help="Smallest mask, in pixels of its largest slice.")] = 1,

@@ -70,7 +70,9 @@ def run(
         str | None, typer.Option(help="Columns of the labels, COL[,COL]; default: those the head was trained on.")
     ] = None,
     splits: Annotated[Path | None, typer.Option(help="Folder of `medssl split`, for images.")] = None,
-    split_csv: Annotated[Path | None, typer.Option(help="One list of cases to evaluate, for images.")] = None,
+    split_csv: Annotated[
+        Path | None, typer.Option(help="One list of cases to evaluate, of images or label maps.")
+    ] = None,
     subgroup: Annotated[
         list[str] | None, typer.Option(help="Column whose values are evaluated apart; may be repeated.")
     ] = None,

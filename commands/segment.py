@@ -35,6 +35,16 @@ def run(
             help="semantic: the backbone, a run or weight file; default: MEDSSL_MODEL, then the newest finished run."
         ),
     ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            help="semantic: stem of the label map of each case, e.g. lesion; or the folder of the labels of pictures."
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="semantic: names of the structures, e.g. gland,lesion,ignore=255 or lesion=2+3."),
+    ] = None,
     splits: Annotated[
         Path | None, typer.Option(help="Folder of `medssl split` with train.csv and val.csv; test.csv is not opened.")
     ] = None,
@@ -50,9 +60,32 @@ def run(
         str | None,
         typer.Option("--loss-type", "--loss_type", help="combined, dice, ce, iou, tversky or focal."),
     ] = None,
+    dice_weight: Annotated[
+        float | None, typer.Option("--dice-weight", "--dice_weight", help="combined: weight of Dice.")
+    ] = None,
+    ce_weight: Annotated[
+        float | None, typer.Option("--ce-weight", "--ce_weight", help="combined: weight of the cross-entropy.")
+    ] = None,
+    pos_weight: Annotated[
+        float | None,
+        typer.Option("--pos-weight", "--pos_weight", help="combined, ce: factor on the pixels of structures."),
+    ] = None,
+    val_freq: Annotated[
+        int | None, typer.Option("--val-freq", "--val_freq", min=1, help="Epochs between validations.")
+    ] = None,
+    save_freq: Annotated[
+        int | None,
+        typer.Option("--save-freq", "--save_freq", min=0, help="Epochs between files in checkpoints/; 0: none."),
+    ] = None,
     val_ratio: Annotated[
         float | None,
         typer.Option("--val-ratio", "--val_ratio", help="Share of the patients held back where nothing tells which."),
+    ] = None,
+    group_pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="semantic: regular expression whose first group is the patient in the names of cases or pictures."
+        ),
     ] = None,
     dataset_type: Annotated[
         str | None,
@@ -126,6 +159,9 @@ def run(
         split_csv=split_csv,
         out=out,
         model=model,
+        label=label,
+        classes=classes,
+        group_pattern=group_pattern,
         gpus=gpus,
         resume=resume,
         resume_ckpt=resume_ckpt,
@@ -133,6 +169,11 @@ def run(
         lr=lr,
         batch_size=batch_size,
         loss_type=loss_type,
+        dice_weight=dice_weight,
+        ce_weight=ce_weight,
+        pos_weight=pos_weight,
+        val_freq=val_freq,
+        save_freq=save_freq,
         val_ratio=val_ratio,
         dataset_type=dataset_type,
         patient_regex=patient_regex,

@@ -22,7 +22,15 @@ FLOORS = {
     "commands": {"core", "services"},
     "configs": set(),
 }
-TORCH_IN_DATA = {"transforms", "views", "datasets", "tiles", "labelled_slices", "labelled_volumes", "paired_augmentation"}
+TORCH_IN_DATA = {
+    "transforms",
+    "views",
+    "datasets",
+    "tiles",
+    "labelled_slices",
+    "labelled_volumes",
+    "paired_augmentation",
+}
 
 
 def source_files() -> list[tuple[str, str, Path]]:

@@ -21,7 +21,7 @@ from medssl_cli.models.attention import set_backend
 from medssl_cli.services.build import build_objective
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-NAMES = ("startup", "loader", "views", "step", "pretrain", "extract", "head")
+NAMES = ("startup", "loader", "views", "step", "pretrain", "extract", "head", "segment")
 HEADER = {"schema_version", "medssl_version", "command", "started_at", "elapsed_s"}
 
 

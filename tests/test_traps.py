@@ -16,7 +16,6 @@ NOT_APPLICABLE = {
     "W33": "no forecasting head: there are no intervals",
     "W34": "no forecasting head: there are no intervals",
     "W40": "classes come from tables and folders; no list is chosen by a path",
-    "W42": "no option names a checkpoint to resume from; a missing file of --init is refused (W01)",
     "W41": "no key keeps N images a class; percentage_labels keeps a share, stratified (test_train_head.py)",
 }
 """Traps of parts that are not there, with the reason."""
@@ -26,6 +25,7 @@ KNOWN = (
     + [f"W{number:02d}" for number in range(1, 45)]
     + [f"M{number:02d}" for number in range(1, 31)]
     + [f"R{number:02d}" for number in range(1, 22)]
+    + [f"C{number:02d}" for number in range(1, 25)]
 )
 
 
@@ -34,7 +34,7 @@ def named() -> set[str]:
         " ".join(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.M))
         for path in TESTS.rglob("test_*.py")
     )
-    return {word.upper() for word in re.findall(r"(?<![a-z0-9])[mtrw]\d\d(?!\d)", text.replace("_", " "))}
+    return {word.upper() for word in re.findall(r"(?<![a-z0-9])[cmtrw]\d\d(?!\d)", text.replace("_", " "))}
 
 
 @pytest.mark.parametrize("trap", KNOWN)

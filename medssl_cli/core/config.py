@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medssl_cli.core.errors import ConfigError
 
+REMARK = "_comment"
+"""Key at the top of a file that holds a remark and nothing else, for JSON has no comments."""
+_REMARKS = ("comment", "comments", "remark", "remarks", "note", "notes")
+
 
 class Config(BaseModel):
     """Base of every configuration class: frozen, unknown keys forbidden, field texts kept as descriptions."""
@@ -36,7 +40,7 @@ def load_config(
     overrides: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> ConfigT:
-    """Read a configuration, or say everything that is wrong with it.
+    """Read a configuration, or say everything that is wrong with it; a file may hold a remark under ``REMARK``.
 
     Args:
         kind: The class to fill.
@@ -51,6 +55,7 @@ def load_config(
     """
     faults: list[str] = []
     values = {} if source is None else _renamed(read_config_file(source, recipes), aliases or {}, faults)
+    values.pop(REMARK, None)
     for key, value in (flags or {}).items():
         if value is not None:
             _set_dotted(values, key, value, faults)
@@ -185,8 +190,7 @@ def _say(kind: type[BaseModel], error: Any) -> str:
     names = [str(part) for part in error["loc"]]
     dotted = ".".join(names)
     if error["type"] == "extra_forbidden":
-        near = nearest_key(kind, dotted)
-        return f"{dotted}: unknown key" + (f"; did you mean {near}?" if near else "")
+        return f"{dotted}: unknown key{_hint(kind, dotted)}"
     if error["type"] == "missing":
         return f"{dotted}: missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -194,6 +198,15 @@ def _say(kind: type[BaseModel], error: Any) -> str:
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, list)) and len(repr(given)) < 80 else ""
     return f"{dotted}: {message}{shown}" if dotted else message  # a fault between sections names its keys itself
+
+
+def _hint(kind: type[BaseModel], dotted: str) -> str:
+    near = nearest_key(kind, dotted)
+    if near:
+        return f"; did you mean {near}?"
+    # no key of ours has letters beyond ASCII: whoever writes one means a remark in his own language
+    is_remark = not dotted.isascii() or dotted.strip("_#").lower() in _REMARKS
+    return f"; a remark stands under {REMARK}" if is_remark else ""
 
 
 def nearest_key(kind: type[BaseModel], dotted: str) -> str | None:

@@ -400,19 +400,6 @@ def _no_patient(names: Sequence[str], patient_regex: str | None) -> DataError:
 # --- patients and parts ----------------------------------------------------------------------------------------------
 
 
-def patient_of(name: str, patient_regex: str | None = None) -> str:
-    """The patient that a file name tells: what stands before its last ``_slice_``, or the first group of the pattern.
-
-    Raises:
-        DataError: It tells none.
-        ConfigError: A pattern that is none, or has no group.
-    """
-    patient = find_patient(name, compiled(patient_regex))
-    if not patient:
-        raise _no_patient([name], patient_regex)
-    return patient
-
-
 def patients_of(slices: Sequence[FoundSlice], patient_regex: str | None = None) -> dict[str, str]:
     """Patient by name; of PCLT20K the folder, unless a pattern is given.
 
@@ -432,7 +419,10 @@ def patients_of(slices: Sequence[FoundSlice], patient_regex: str | None = None) 
 
 
 def find_patient(name: str, pattern: re.Pattern[str] | None) -> str:
-    """As ``patient_of``; empty if the name tells none."""
+    """The patient that a file name tells: what stands before its last ``_slice_``, or the first group of the pattern.
+
+    Empty if it tells none.
+    """
     if pattern is None:
         return name.rpartition(MARKER)[0]
     match = pattern.search(name)

@@ -160,7 +160,7 @@ class FoundLabels:
 
 
 def class_findings(
-    found: Sequence[FoundLabels], described: LabelSpec | None, names: Sequence[str], source: Path
+    found: Sequence[FoundLabels], described: LabelSpec | None, names: Sequence[str], source: Path, label: str = ""
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
     """What only the values of all label maps together show, and the classes with their cases and voxels.
 
@@ -169,6 +169,7 @@ def class_findings(
         described: Classes of a dataset.json.
         names: Classes that the user names; they win.
         source: The data set, for findings that belong to no case.
+        label: Stem of the label maps, after which a single structure is called.
     """
     if not found:
         return [], []
@@ -177,7 +178,7 @@ def class_findings(
         spec = described
     else:
         try:
-            spec = spec_of_values(_known(values, found, names), names)
+            spec = spec_of_values(_known(values, found, names), names, label=label)
         except DataError as error:
             return [Finding.of(error, "", source)], []
     findings = _unknown_values(found, spec)

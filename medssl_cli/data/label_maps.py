@@ -179,14 +179,21 @@ def _labels_fault(detail: str, fix: str) -> DataError:
 
 
 def spec_of_values(
-    found: Iterable[int], names: Sequence[str] = (), *, max_classes: int = MAX_CLASSES, where: str = ""
+    found: Iterable[int],
+    names: Sequence[str] = (),
+    *,
+    label: str = "",
+    max_classes: int = MAX_CLASSES,
+    where: str = "",
 ) -> LabelSpec:
     """Classes of label maps that hold the values ``found``; 0 is background, whether found or not.
 
     Args:
         found: Values in all label maps together.
-        names: Of the structures with the values 1, 2, …, or with their values as in ``lesion=2+3`` and ``ignore=255``.
-            None calls them ``class_<value>``; a single structure is ``class_1`` whatever its value.
+        names: Of the structures with the values 1, 2, …, or with their values as in ``lesion=2+3``; either way
+            ``ignore=255`` tells what counts nowhere. None calls them ``class_<value>``; a single structure is
+            ``label``, or ``class_1``, whatever its value.
+        label: Stem of the files, after which a single structure is called.
         max_classes: More structures are no label map.
         where: For messages.
 
@@ -195,8 +202,10 @@ def spec_of_values(
         DataError: No structure, too many, or a value beyond the names. Masks of 0 and 255 fit one name.
     """
     values = sorted({int(value) for value in found} - {0})
+    if label and not names and len(values) == 1:
+        names = (label,)
     if any("=" in name for name in names):
-        spec = _spec_of_entries(names)
+        spec = _spec_of_entries(_numbered(names))
     elif values == [255] and len(names) < 2:
         log.info("label maps hold 0 and 255: 255 is %s", names[0] if names else "class_1")
         spec = _one_class(255, names)
@@ -227,6 +236,14 @@ def _named(names: Sequence[str], values: Mapping[int, int], ignored: tuple[int, 
     return LabelSpec((BACKGROUND, *clean), {0: 0, **values}, ignored)
 
 
+def _numbered(entries: Sequence[str]) -> list[str]:
+    """``gland``, ``lesion``, ``ignore=255`` with the values 1 and 2 where ``ignore`` alone has its own."""
+    if any("=" in entry and entry.partition("=")[0].strip() != IGNORE for entry in entries):
+        return list(entries)
+    bare = [entry for entry in entries if "=" not in entry]
+    return [*(f"{name}={value}" for value, name in enumerate(bare, 1)), *(e for e in entries if "=" in e)]
+
+
 def _spec_of_entries(entries: Sequence[str]) -> LabelSpec:
     """``lesion=2+3``, ``ignore=255``: every entry with its values."""
     structures: list[str] = []
@@ -253,7 +270,7 @@ def _classes_fault(text: str, detail: str) -> ConfigError:
     return ConfigError(
         "The classes cannot be read.",
         where=f"--classes {text}: {detail}",
-        fix="e.g. --classes gland,lesion for the values 1 and 2, or --classes lesion=2+3,ignore=255",
+        fix="e.g. --classes gland,lesion,ignore=255 for the values 1 and 2, or --classes lesion=2+3,ignore=255",
         code="classes",
     )
 

@@ -93,6 +93,7 @@ def find_label_cases(
     template: str = "",
     split_csv: Path | None = None,
     split: str = "",
+    group_pattern: str | None = None,
     require: bool = True,
     on_fault: OnFault | None = None,
 ) -> list[Case]:
@@ -107,6 +108,7 @@ def find_label_cases(
         template: Path of a sequence, for the layout ``template``.
         split_csv: Which cases; all if None.
         split: Written into each case; what the layout tells if empty.
+        group_pattern: Regular expression that finds the patient in the id, see ``groups_by_pattern``.
         require: Every case needs its label map; test cases of nnU-Net and the Decathlon without one are left out and
             counted. Otherwise such cases come without ``roi``.
         on_fault: Called for a case that cannot be read or has no label map, which is then left out; without it all
@@ -138,6 +140,9 @@ def find_label_cases(
         found = read_layout_cases(root, name, sequences, roi=label or "label", template=template, on_fault=on_fault)
         cases = found if split_csv is None else select_cases(found, split_csv)
         cases = [replace(case, split=split) for case in cases] if split else cases
+    if group_pattern is not None:
+        groups = groups_by_pattern([case.case_id for case in cases], group_pattern)
+        cases = [replace(case, patient_id=groups[case.case_id]) for case in cases]
     return _with_labels(root, name, cases, label, on_fault) if require else cases
 
 

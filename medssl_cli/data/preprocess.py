@@ -175,15 +175,17 @@ def prepare_case(
         volumes = _read_sequences([case.sequences[name] for name in present])
         source = Grid(volumes[reference].shape, volumes[reference].affine)
         grid = prepared_grid(source, config)
-        moved = {name: _onto(volumes[name], grid, str(case.sequences[name].path)) for name in present}
-        images = _stack([moved[name][0] if name in moved else None for name in sequences], grid.shape)
+        # each volume is let go of when it is moved: one of 512 x 512 x 300 voxels takes 150 MB or more
+        moved = {name: _onto(volumes.pop(name), grid, str(case.sequences[name].path)) for name in present}
+        resampled = {name: interpolated for name, (_, interpolated) in moved.items()}
+        images = _stack([moved.pop(name)[0] if name in moved else None for name in sequences], grid.shape)
         return Prepared(
             case_id=case.case_id,
             images_SZYX=images,
             affine=grid.affine,
             roi_ZYX=None if case.roi is None else (_read_labels if roi_values else _read_roi)(case.roi, grid),
-            available_S=np.array([name in moved for name in sequences]),
-            resampled_S=np.array([name in moved and moved[name][1] for name in sequences]),
+            available_S=np.array([name in resampled for name in sequences]),
+            resampled_S=np.array([resampled.get(name, False) for name in sequences]),
             restore=Restore(source, grid),
         )
 
@@ -393,10 +395,15 @@ def _moved(volume: Volume, grid: Grid, path: str, *, nearest: bool, what: str = 
 
 
 def _stack(volumes: list[np.ndarray | None], shape: tuple[int, int, int]) -> np.ndarray:
-    """(S, Z, Y, X) in the smallest type that holds every sequence; zeros for None."""
+    """(S, Z, Y, X) in the smallest type that holds every sequence; zeros for None. ``volumes`` is empty afterwards."""
     dtype = _storage_dtype([v for v in volumes if v is not None])
+    if len(volumes) == 1:
+        (only,) = volumes
+        volumes.clear()
+        return np.ascontiguousarray(only, dtype)[None]
     images = np.zeros((len(volumes), *shape), dtype)
-    for plane, volume in zip(images, volumes, strict=True):
+    for plane in images:
+        volume = volumes.pop(0)
         if volume is not None:
             plane[...] = volume
     return images

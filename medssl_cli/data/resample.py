@@ -109,8 +109,9 @@ def resample_to(
 
 
 def is_whole(array: np.ndarray) -> bool:
-    """Whether every value is a whole number, however it is stored."""
-    return array.dtype.kind in "biu" or bool((array == np.rint(array)).all())
+    """Whether every value is a whole number, however it is stored; looked at plane by plane, so that none is copied."""
+    planes = array if array.ndim > 1 else array[None]
+    return array.dtype.kind in "biu" or all(bool((plane == np.rint(plane)).all()) for plane in planes)
 
 
 def coverage(volume: Volume | Grid, reference: Volume | Grid) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from medssl_cli.core.protocols import Loaded
 from medssl_cli.core.wording import counted
 from medssl_cli.engine.distributed import world_size
-from medssl_cli.engine.memory import GIB, MARGIN, MemoryReport, first_samples, fit_line, memory_limit, peak_of
+from medssl_cli.engine.memory import GIB, MARGIN, KeyNames, MemoryReport, first_samples, fit_line, memory_limit, peak_of
 
 if TYPE_CHECKING:
     from medssl_cli.engine.trainer import FitResult, Trainer
@@ -49,6 +49,7 @@ class Estimate:
         cache_bytes: Size of the prepared store of all cases.
         first_losses: Terms of the first step.
         workers: Loader processes, of all processes together.
+        workers_key: What sets them.
     """
 
     step_images_per_s: float
@@ -63,6 +64,7 @@ class Estimate:
     predicted_gib: dict[int, float] = field(default_factory=dict)
     largest_batch: int | None = None
     first_losses: dict[str, float] = field(default_factory=dict)
+    workers_key: str = KeyNames.workers
 
     @property
     def images_per_s(self) -> float:
@@ -118,7 +120,7 @@ class Estimate:
         alone = f"the loader alone gives {self.loader_images_per_s:.1f} images/s with {self.workers} processes"
         if self.pace == "step":
             return [f"{alone}, {ratio:.1f} times what the step takes: the step sets the pace"]
-        return [f"{alone}, {ratio:.2f} of what the step could take: the loader sets the pace; raise train.num_workers"]
+        return [f"{alone}, {ratio:.2f} of what the step could take: the loader sets the pace; raise {self.workers_key}"]
 
     def _predictions(self) -> str:
         others = [f"{batch}: {gib:.2f}" for batch, gib in self.predicted_gib.items() if batch != self.batch]
@@ -175,6 +177,7 @@ def estimate(
         cache_bytes=cache_bytes,
         workers=workers * world_size(),
         first_losses=fits[0].last_losses,
+        workers_key=trainer.keys.workers,
     )
 
 

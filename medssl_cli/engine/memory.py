@@ -83,12 +83,38 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
+class KeyNames:
+    """What the keys of a run are called, for advice; those of ``medssl pretrain`` by default.
+
+    Args:
+        batch: Samples of a micro-batch.
+        accumulation: Micro-batches of an update; None for a run that has no such key.
+        workers: Loader processes.
+        less_memory: What else makes a step smaller, in words.
+        not_finite: What to change where a loss or a gradient is not finite, in words.
+    """
+
+    batch: str = "train.batch_size_per_gpu"
+    accumulation: str | None = "train.grad_accumulation"
+    workers: str = "train.num_workers"
+    less_memory: str = "student.grad_checkpointing=true, a smaller backbone or precision bf16 need less"
+    not_finite: str = (
+        "lower optim.base_lr (3.5e-4 -> 1e-4), raise optim.warmup_epochs (30 -> 50), keep optim.clip_grad at 3.0"
+    )
+
+    @property
+    def halved(self) -> str:
+        """How to halve the batch, in words."""
+        return f"halve {self.batch}" + (f" and double {self.accumulation}" if self.accumulation else "")
+
+
+@dataclass(frozen=True)
 class BatchAdvice:
     """Batch and accumulation that keep the samples of an update and fit.
 
     Args:
-        batch: ``train.batch_size_per_gpu``.
-        accumulation: ``train.grad_accumulation``.
+        batch: Samples of a micro-batch.
+        accumulation: Micro-batches of an update.
         report: Predicted at this batch.
     """
 
@@ -96,8 +122,10 @@ class BatchAdvice:
     accumulation: int
     report: MemoryReport
 
-    def __str__(self) -> str:
-        return f"train.batch_size_per_gpu={self.batch} train.grad_accumulation={self.accumulation}"
+    def said(self, keys: KeyNames) -> str:
+        """As it is typed."""
+        more = f" {keys.accumulation}={self.accumulation}" if keys.accumulation else ""
+        return f"{keys.batch}={self.batch}{more}"
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -253,8 +281,15 @@ def first_samples(slices: AnyBatch, samples: int) -> AnyBatch:
 
 
 @contextmanager
-def saying_out_of_memory(device: torch.device) -> Iterator[None]:
+def saying_out_of_memory(
+    device: torch.device,
+    less: str = "take a smaller backbone, fewer prototypes or, on several GPUs, compute_precision.parallel=fsdp",
+) -> Iterator[None]:
     """Around everything else than steps, which know what would fit: say that memory ran out.
+
+    Args:
+        device: Where the run computes.
+        less: What makes the run smaller, in words.
 
     Raises:
         ResourceError: In place of what an allocator raised.
@@ -267,8 +302,7 @@ def saying_out_of_memory(device: torch.device) -> Iterator[None]:
         raise ResourceError(
             "The device has not enough memory." if device.type == "cuda" else "There is not enough memory.",
             where=f"{device}: {next(iter(str(error).splitlines()), type(error).__name__)}",
-            fix="free memory, or take a smaller backbone, fewer prototypes or, on several GPUs, "
-            "compute_precision.parallel=fsdp",
+            fix=f"free memory, or {less}",
             code="out_of_memory",
         ) from error
 
@@ -324,6 +358,7 @@ def out_of_memory_error(
     accumulation: int = 1,
     probe: Probe | None = None,
     extra_bytes: int = 0,
+    keys: KeyNames = KeyNames(),
 ) -> ResourceError:
     """What to tell the user after an allocation failed: the peak, the limit, and the batch that would fit.
 
@@ -337,6 +372,7 @@ def out_of_memory_error(
         accumulation: Micro-batches of an update.
         probe: Does the same with fewer samples; None predicts nothing.
         extra_bytes: See ``advise``.
+        keys: Of the run.
     """
     first_line = next(iter(str(error).splitlines()), type(error).__name__)
     peak, limit = _read_peak(device), memory_limit(device)
@@ -349,12 +385,10 @@ def out_of_memory_error(
             advice = advise(probe, device, batch=batch, accumulation=accumulation, extra_bytes=extra_bytes)
         except Exception as fault:  # a guess that fails must not hide the fault that it was to explain
             log.warning("The batch that would fit could not be measured: %s: %s", type(fault).__name__, fault)
-    general = "student.grad_checkpointing=true, a smaller backbone or precision bf16 need less"
-    half = "halve train.batch_size_per_gpu and double train.grad_accumulation"
-    fix = f"{half}; {general}" if advice is None else f"{advice} would take {advice.report}; {general}"
+    first = keys.halved if advice is None else f"{advice.said(keys)} would take {advice.report}"
     return ResourceError(
         "The device has not enough memory." if device.type == "cuda" else "There is not enough memory.",
         where=f"{device}, step {step}, {batch} samples, {report}: {first_line}",
-        fix=fix,
+        fix=f"{first}; {keys.less_memory}",
         code="out_of_memory",
     )

@@ -40,7 +40,7 @@ from medssl_cli.engine.distributed import (
     sum_over_processes,
     world_size,
 )
-from medssl_cli.engine.memory import first_samples, is_out_of_memory, out_of_memory_error
+from medssl_cli.engine.memory import KeyNames, first_samples, is_out_of_memory, out_of_memory_error
 from medssl_cli.engine.optim import (
     BACKBONE,
     ClipMode,
@@ -111,7 +111,7 @@ class Trainer:
         on_checkpoint: Called with the step after each checkpoint, e.g. to evaluate the teacher; in every process, and
             all wait until the slowest has returned.
         parallel: How the gradients of several processes become one; None for a process that trains alone.
-        nonfinite_fix: What to change when a loss or a gradient is not finite, in the keys of the run.
+        keys: What the keys of the run are called, for advice.
     """
 
     objective: TrainableObjective
@@ -132,9 +132,7 @@ class Trainer:
     telemetry: Telemetry | None = None
     on_checkpoint: Callable[[int], None] | None = None
     parallel: Parallel | None = None
-    nonfinite_fix: str = (
-        "lower optim.base_lr (3.5e-4 -> 1e-4), raise optim.warmup_epochs (30 -> 50), keep optim.clip_grad at 3.0"
-    )
+    keys: KeyNames = field(default_factory=KeyNames)
     steps_done: int = field(default=0, init=False)
     _telemetry_state: dict[str, Any] = field(default_factory=dict, init=False)
     _slices: Loaded | None = field(default=None, init=False)
@@ -249,7 +247,7 @@ class Trainer:
         """The fault in words, in every process: one that met none tells what another one met."""
         if fault == "gradient":  # the same in all, so that any of their images may be the cause
             evidence.gather_cases()
-        own = None if fault == "elsewhere" else evidence.error(modules, self._last_good(), self.nonfinite_fix)
+        own = None if fault == "elsewhere" else evidence.error(modules, self._last_good(), self.keys.not_finite)
         known = [found for found in gather(own) if found is not None]
         if fault == "gradient":  # a process that holds another piece of the parameter cannot name it
             return min(known, key=lambda found: _NO_PARAMETER in found.what)
@@ -375,6 +373,7 @@ class Trainer:
             accumulation=self.accumulation,
             probe=probe,
             extra_bytes=8 * parameters,
+            keys=self.keys,
         )
 
 

@@ -130,6 +130,8 @@ def _refuse_idle(model: VisionTransformer | ConvNeXt, sequence: str | None, img_
     given = []
     if sequence is not None and model.sequences is None:
         given.append("--sequence (it takes plain pictures)")
+    elif sequence is not None and isinstance(model, VisionTransformer) and not model.use_mri_seq_embed:
+        given.append("--sequence (use_mri_seq_embed is false: all sequences are seen alike)")
     if img_size is not None and (isinstance(model, ConvNeXt) or model.pos_embed is None):
         given.append(f"--image-size ({why})")
     if given:

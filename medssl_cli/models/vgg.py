@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,9 @@ PLACES = {
     "conv3_4": 16,
 }
 """Number of each convolution in torchvision's ``features``."""
+
+IMAGENET_DIGEST = "dcbb9e9d"
+"""First digits of the SHA-256 of torchvision's ImageNet weights of VGG-19, which its file name carries."""
 
 GREY = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in a grey value (ITU-R BT.601)."""
@@ -78,7 +83,20 @@ class VGGEncoder(nn.Module):
         return taps
 
 
-def load_vgg(network: nn.Module, path: Path) -> str:
+@dataclass(frozen=True)
+class VGGOrigin:
+    """Which file the weights of the trunks are from.
+
+    Args:
+        sha256: Of the file.
+        is_imagenet: It is torchvision's own file, or was converted from it.
+    """
+
+    sha256: str
+    is_imagenet: bool
+
+
+def load_vgg(network: nn.Module, path: Path) -> VGGOrigin:
     """Fill every VGG encoder of a network from one file of VGG-19.
 
     The first convolution sees one channel: its three kernels are added with the weights of a grey value. A file with a
@@ -87,9 +105,6 @@ def load_vgg(network: nn.Module, path: Path) -> str:
     Args:
         network: Holds at least one ``VGGEncoder``.
         path: What ``medssl convert weights --source vgg19`` writes, or torchvision's own ``.pth``.
-
-    Returns:
-        SHA-256 of the file.
 
     Raises:
         CheckpointError: Missing, unreadable, unsafe, altered, of another network or not finite; nothing was changed.
@@ -101,11 +116,12 @@ def load_vgg(network: nn.Module, path: Path) -> str:
     path = Path(path)
     state = plain_names(read_weights(path), str(path))
     digest = file_digest(path)
-    _refuse_other_card(path, digest)
+    card = _own_card(path, digest)
     own = _own_names(state, path)
     for encoder in encoders:
         encoder.load_state_dict(own)
-    return digest
+    origins = (digest, str(card.get("source_sha256", "")))
+    return VGGOrigin(digest, any(origin.startswith(IMAGENET_DIGEST) for origin in origins))
 
 
 def _own_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -129,18 +145,21 @@ def _own_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return own
 
 
-def _refuse_other_card(path: Path, digest: str) -> None:
+def _own_card(path: Path, digest: str) -> dict[str, Any]:
+    """The card beside a file, which must be about this file; empty where there is none."""
     card = card_path(path)
     if card == path or not card.is_file():
-        return
+        return {}
     try:
         data = json.loads(card.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _rejected(path, f"its card {card.name} cannot be read: {error}", "card_invalid") from error
-    recorded = data.get("sha256") if isinstance(data, dict) else None
-    if recorded is not None and recorded != digest:
-        why = f"SHA-256 {digest[:16]}…, its card {str(recorded)[:16]}…"
+    if not isinstance(data, dict) or "sha256" not in data:
+        return {}
+    if data["sha256"] != digest:
+        why = f"SHA-256 {digest[:16]}…, its card {str(data['sha256'])[:16]}…"
         raise _rejected(path, why, "weights_altered")
+    return data
 
 
 def _rejected(path: Path, why: str, code: str) -> CheckpointError:

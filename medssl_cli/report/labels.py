@@ -18,10 +18,10 @@ from medssl_cli.report.overlay import contour
 Colour = tuple[int, int, int]
 
 _PALETTE: tuple[Colour, ...] = (
-    (255, 82, 82), (86, 180, 233), (255, 213, 79), (76, 200, 130), (214, 130, 230), (255, 152, 56), (120, 134, 255),
-    (180, 210, 90),
+    (213, 94, 0), (86, 180, 233), (240, 228, 66), (204, 121, 167), (230, 159, 0), (0, 114, 178),
 )  # fmt: skip
-"""Told apart on grey, on black and on white, the first pairs also without seeing red or green."""
+"""Vermilion, sky blue, yellow, reddish purple, orange and blue of Okabe and Ito 2008, made for all kinds of colour
+vision; without their green, in which references are drawn, and their black."""
 _GOLDEN = 0.618034
 FILL = 0.38
 """Opacity of the inside of a structure; its outline is opaque."""

@@ -31,7 +31,7 @@ def draw_segment_progress(
         title: Name of the run.
         chosen: Epoch whose weights were kept; None: the first one with the best swept Dice, or the best Dice where
             nothing was swept.
-        distance_unit: Of the HD95 values.
+        distance_unit: Of ``val_hd95``; that of a training batch is in pixels.
 
     Raises:
         ValueError: A list is not as long as the epochs it belongs to.
@@ -51,8 +51,8 @@ def draw_segment_progress(
     names = {"train_iou": ("training IoU", _TRAIN, "-"), "val_iou": ("validation IoU", _VAL, "-")}
     more = {"train_f1": ("training F1", _TRAIN, ":"), "val_f1": ("validation F1", _VAL, ":")}
     _draw(overlap, curves, {**names, **more}, "IoU and F1", top=1.02)
-    names = {"train_hd95": ("training, last batch", _TRAIN, "-"), "val_hd95": ("validation", _VAL, "-")}
-    _draw(distance, curves, names, f"HD95 in {distance_unit}")
+    names = {"train_hd95": ("last batch of training, px", _TRAIN, "-")}
+    _draw(distance, curves, {**names, "val_hd95": (f"validation, {distance_unit}", _VAL, "-")}, "HD95")
     names = {"val_best_threshold": ("best threshold on validation", _SWEPT, "-")}
     _draw(threshold, curves, names, "threshold on the probability", top=1.0)
     _draw(rate, curves, {"lr": ("learning rate", "0.25", "-")}, "learning rate")

@@ -194,7 +194,7 @@ def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
     _say_slices(named, wanted)
     missing = [name for name in wanted.sequences if name not in found]
     if missing:
-        log.warning("%s: %s missing; mask tokens stand in, as in training", named.name, ", ".join(missing))
+        log.warning("%s: %s missing; the model sees the others alone", named.name, ", ".join(missing))
     return Case(named.name, named.name, found)
 
 

@@ -731,7 +731,9 @@ class _LabelMaps:
 
     def findings(self, labelled: LabelledSet, source: Path) -> list[Finding]:
         """What all of them together show; ``classes`` is filled."""
-        found, self.classes = class_findings(self._found, labelled.spec, labelled.question.classes, source)
+        question = labelled.question
+        stem = "" if labelled.pictures else question.label  # that of pictures is a folder
+        found, self.classes = class_findings(self._found, labelled.spec, question.classes, source, stem)
         return found
 
 

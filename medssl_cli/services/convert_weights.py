@@ -36,14 +36,12 @@ from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.foreign import ORIGINS, SOURCES, contradicts, detect_source, family_of, infer_settings, translate
 from medssl_cli.models.layers import nearest_legal_sizes
 from medssl_cli.models.rope import RopeDtype
+from medssl_cli.models.vgg import IMAGENET_DIGEST
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.models.zoo import LoadReport, card_path, load_into, read_weights, save_backbone
 
 NAME = "teacher_backbone.safetensors"
 """Name of the file in an output folder, as in the export of a run."""
-
-VGG19_DIGEST = "dcbb9e9d"
-"""First digits of the SHA-256 of torchvision's ImageNet weights of VGG-19, which its file name carries."""
 
 
 class WeightsConfig(Config):
@@ -353,8 +351,8 @@ def _write_features(
     target: Path, state: Mapping[str, Tensor], facts: dict[str, Any], notes: list[str], digest: str
 ) -> dict[str, Any]:
     """VGG-19: a network that measures images, no backbone; its own kind of card."""
-    if not digest.startswith(VGG19_DIGEST):
-        notes.append(f"the SHA-256 begins with {digest[:8]}, torchvision's ImageNet weights with {VGG19_DIGEST}")
+    if not digest.startswith(IMAGENET_DIGEST):
+        notes.append(f"the SHA-256 begins with {digest[:8]}, torchvision's ImageNet weights with {IMAGENET_DIGEST}")
     kept = {name: t.contiguous().float() for name, t in state.items() if name.startswith("features.")}
     size = sum(tensor.numel() * 4 for tensor in kept.values())
     with atomic_path(target) as temporary, say_disk_errors(target, size):

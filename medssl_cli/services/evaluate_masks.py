@@ -160,7 +160,7 @@ def score_files(request: EvaluateRequest, progress: Progress | None = None) -> t
     if request.predictions is None or request.reference is None:
         raise ValueError("files without predictions or reference")
     config = load_config(MasksConfig, None, recipes=COMMAND, overrides=request.overrides)
-    found = find_pairs(request.predictions, request.reference, request.probabilities, request.label)
+    found = find_pairs(request.predictions, request.reference, request.probabilities, request.label, request.split_csv)
     plan = _planned(request, config, found)
     tables = CaseTables(
         case_rows([pair.case_id for pair in plan.pairs], [pair.name for pair in plan.pairs]),
@@ -278,7 +278,7 @@ def _classes(
             _stop_or_list(request, failures, pair, error)
     if not kept:
         raise _nothing_left(failures)
-    spec = found.spec(request.classes, hide_home(str(request.reference)))
+    spec = found.spec(request.classes, hide_home(str(request.reference)), request.label or "")
     log.info("Classes: %s (values of the files)", spec.describe())
     return spec, bool(found.probability_channels), kept
 

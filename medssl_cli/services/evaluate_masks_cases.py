@@ -231,7 +231,7 @@ class FoundValues:
         else:
             self.prediction |= _present(values, pair.prediction)
 
-    def spec(self, names: tuple[str, ...], where: str) -> LabelSpec:
+    def spec(self, names: tuple[str, ...], where: str, label: str = "") -> LabelSpec:
         """Classes by the values found: where both sides hold one structure at most, it is one, whatever its value.
 
         Raises:
@@ -241,7 +241,7 @@ class FoundValues:
         own, theirs = self.reference - {0}, self.prediction - {0}
         single = len(own) <= 1 and len(theirs) <= 1 and self.probability_channels <= {1, 2}
         if single and len(names) < 2 and not any("=" in name for name in names):
-            name = names[0] if names else "class_1"
+            name = names[0] if names else label or "class_1"
             return LabelSpec((BACKGROUND, name), {0: 0, **dict.fromkeys(sorted(own | theirs) or [1], 1)})
         strange = sorted(theirs - own)
         if strange and not names:
@@ -251,7 +251,7 @@ class FoundValues:
                 fix="name what the values mean, e.g. --classes gland,lesion; a JPEG is no label map",
                 code="label_values",
             )
-        return spec_of_values(own | theirs, names, where=where)
+        return spec_of_values(own | theirs, names, label=label, where=where)
 
 
 def _present(values: np.ndarray, path: Path) -> set[int]:
@@ -302,22 +302,6 @@ def decided(probability: np.ndarray, threshold: float) -> np.ndarray:
     if len(probability) == 1:
         return (probability[0] >= probability.dtype.type(threshold)).astype(np.uint8)
     return probability.argmax(0).astype(np.uint8)
-
-
-def score_pair(pair: MaskPair, patient_id: str, spec: LabelSpec, options: ScoreOptions) -> CaseScores:
-    """Read and measure one case.
-
-    Raises:
-        DataError: A file cannot be read, or holds values of no class.
-    """
-    grid = read_grid(pair.reference)
-    prediction, probability = read_prediction(pair, spec, options.threshold)
-    if options.lesions and pair.probability is not None:
-        probability = read_probabilities(pair.probability, spec)
-    reference = read_classes(pair.reference, spec)
-    return score_case(
-        (pair.case_id, pair.name, patient_id), prediction, reference, grid, spec.classes, options, probability
-    )
 
 
 def read_prediction(pair: MaskPair, spec: LabelSpec, threshold: float) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,14 +12,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.wording import counted
 from medssl_cli.data.images import volume_stem
 from medssl_cli.data.label_maps import LabelSpec, spec_of_names
-from medssl_cli.data.manifest import nearest_id, say_some
+from medssl_cli.data.manifest import nearest_id, read_ids, say_some
 from medssl_cli.services.evaluate_masks_request import is_mask_file
 
 log = logging.getLogger(__name__)
@@ -71,16 +71,24 @@ class Pairs:
     extra: tuple[str, ...]
 
 
-def find_pairs(prediction: Path, reference: Path, probabilities: Path | None = None, label: str | None = None) -> Pairs:
+def find_pairs(
+    prediction: Path,
+    reference: Path,
+    probabilities: Path | None = None,
+    label: str | None = None,
+    split_csv: Path | None = None,
+) -> Pairs:
     """Match predictions to references.
 
     Args:
         prediction, reference: Two folders, or two files.
         probabilities: Folder (or file) of probability maps of the same cases.
-        label: Name, without suffix, of the label map in the folder of a case.
+        label: Name, without suffix, of the label map in the folder of a case of the references; of the predictions
+            too where it is there.
+        split_csv: Which references; all if None. Predictions of others are passed over.
 
     Raises:
-        DataError: Nothing there, or one case with two files.
+        DataError: Nothing there, one case with two files, or an id of the list without a reference.
     """
     if (prediction / RESULTS).is_dir():
         prediction = prediction / RESULTS
@@ -92,6 +100,12 @@ def find_pairs(prediction: Path, reference: Path, probabilities: Path | None = N
     references = _named(reference, label, "references")
     predictions = _named(prediction, label, "predictions")
     found = _matched(references, predictions, SEGMENTATION)
+    if split_csv is not None:
+        chosen = _listed(split_csv, references)
+        passed = {found[case] for case in references if case in found and case not in chosen}
+        predictions = {name: path for name, path in predictions.items() if path not in passed}
+        references = {case: path for case, path in references.items() if case in chosen}
+        found = {case: path for case, path in found.items() if case in chosen}
     references, found = _by_shared_name(references, predictions, found)
     pairs = tuple(
         MaskPair(case, _below(path, reference), found[case], path)
@@ -107,6 +121,33 @@ def find_pairs(prediction: Path, reference: Path, probabilities: Path | None = N
     )
     extra = tuple(sorted(_below(path, prediction) for path in predictions.values() if path not in used))
     return _with_probabilities(Pairs(pairs, missing, extra), probabilities)
+
+
+def _listed(split_csv: Path, references: Mapping[str, Path]) -> set[str]:
+    """The references that a list names: by case, by file with or without suffix, or by the picture of that name.
+
+    Raises:
+        DataError: An id that names none, or several.
+    """
+    named: dict[str, set[str]] = defaultdict(set)
+    for case, path in references.items():
+        for name in (case, path.name, core_name(PurePosixPath(case).name)):
+            named[name].add(case)
+    chosen, wrong = set(), []
+    for given in read_ids(split_csv).ids:
+        options = named.get(given) or named.get(core_name(_stem(Path(PurePosixPath(given).name))), set())
+        if len(options) == 1:
+            chosen |= options
+        else:
+            wrong.append(given)
+    if wrong:
+        raise DataError(
+            f"{counted(len(wrong), 'id')} of the list {'tells' if len(wrong) == 1 else 'tell'} no one reference.",
+            where=f"{hide_home(str(split_csv))}: {say_some(wrong)}",
+            fix="ids are cases or names of files; take the list of this very data set",
+            code="id_unknown",
+        )
+    return chosen
 
 
 def _by_shared_name(
@@ -196,7 +237,8 @@ def _named(root: Path, label: str | None, what: str, ending: str = SEGMENTATION)
         )
     files = _flat(root, ending)
     if not files:
-        files = [entry for folder in _folders(root) for entry in _of_folder(folder, root, label, ending)]
+        only_label = bool(label) and what == "references"
+        files = [entry for folder in _folders(root) for entry in _of_folder(folder, root, label, ending, only_label)]
     if not files:
         raise DataError(
             f"The folder of {what} holds no label map.",
@@ -223,8 +265,12 @@ def _folders(root: Path) -> list[Path]:
     return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _of_folder(folder: Path, root: Path, label: str | None, ending: str) -> list[tuple[str, Path]]:
+def _of_folder(
+    folder: Path, root: Path, label: str | None, ending: str, only_label: bool = False
+) -> list[tuple[str, Path]]:
     """(name of the case, file) of a folder: its one label map, or every picture of a folder of pictures.
+
+    ``only_label``: nothing but the file called ``label`` counts.
 
     Raises:
         DataError: Several volumes of which none is known to be the label map.
@@ -232,15 +278,11 @@ def _of_folder(folder: Path, root: Path, label: str | None, ending: str) -> list
     name = folder.relative_to(root).as_posix()
     files = _flat(folder, ending)
     by_stem = dict(files)
-    wanted = (
-        [label]
-        if label
-        else [f"{name}{ending}", name, *(_LABEL_STEMS if ending == SEGMENTATION else ("probabilities",))]
-    )
-    for stem in wanted:
+    usual = [f"{name}{ending}", name, *(_LABEL_STEMS if ending == SEGMENTATION else ("probabilities",))]
+    for stem in [*([label] if label else []), *([] if only_label else usual)]:
         if stem in by_stem:
             return [(name, by_stem[stem])]
-    if label or not files:
+    if only_label or not files:
         return []
     if len(files) == 1:
         return [(name, files[0][1])]
@@ -308,6 +350,7 @@ def say_missing(missing: Iterable[tuple[str, Path, str]]) -> DataError:
     return DataError(
         f"{counted(len(entries), 'case')} of the reference without a prediction.",
         where="\n".join(entries[:8]) + more,
-        fix="predict every case, or list what is missing with --on-error skip: a case left out is no case segmented",
+        fix="predict every case, name those to be evaluated with --split-csv, or list what is missing with "
+        "--on-error skip: a case left out is no case segmented",
         code="prediction_missing",
     )

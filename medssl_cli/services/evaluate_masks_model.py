@@ -362,15 +362,23 @@ def _semantic_cases(
     faults = on_fault if request.on_error == "skip" else None
 
     def read(split_csv: Path | None, split: str) -> list[Case]:
+        pattern = request.group_pattern or str(told.get("group_pattern") or "") or None
         if segmenter.pictures or (segmenter.plain and holds_labelled_pictures(root)):
-            pattern = request.group_pattern or str(told.get("group_pattern") or "") or None
             return find_label_pictures(
                 root, label=label, split_csv=split_csv, split=split, group_pattern=pattern, on_fault=faults
             )
         names = _sequences(segmenter, told)
         template = str(told.get("template") or "")
         return find_label_cases(
-            root, "auto", names, label, template=template, split_csv=split_csv, split=split, on_fault=faults
+            root,
+            "auto",
+            names,
+            label,
+            template=template,
+            split_csv=split_csv,
+            split=split,
+            group_pattern=pattern,
+            on_fault=faults,
         )
 
     lists = _lists(request)

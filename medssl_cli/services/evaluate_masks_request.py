@@ -117,7 +117,6 @@ def _needless(request: EvaluateRequest, of_model: bool) -> list[str]:
         ("--data", request.data),
         ("--split", request.split),
         ("--splits", request.splits),
-        ("--split-csv", request.split_csv),
         ("--device", request.device != "auto"),
         ("--save-predictions", request.save_predictions),
     )

@@ -147,7 +147,8 @@ def read_cohort(
         invalid = _failures_by_part(first.unreadable, parts)
     _refuse_other_kind(root, first, backbone)
     if first.kind == "volumes":
-        tell_absent([case for cases in parts.values() for case in cases], first.config.mri_sequences)
+        every = [case for cases in parts.values() for case in cases]
+        tell_absent(every, first.config.mri_sequences, "Its tokens are masked there.")
     parts = _with_patients(parts, root, labels, of_images=first.kind == "images")
     check_no_overlap(parts)
     refuse_copies(parts)

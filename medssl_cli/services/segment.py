@@ -35,6 +35,12 @@ __all__ = ["SegmentRequest", "segment"]
 
 log = logging.getLogger(__name__)
 
+LESS_MEMORY = {
+    "ct-pet": "take a smaller batch (bs), or keep fewer decoded slices (cache_gb=0)",
+    "semantic": "take a smaller batch (optim.batch_size) or a smaller backbone",
+}
+"""By task: what helps where memory runs out before the first step."""
+
 
 def segment(request: SegmentRequest, *, say: Say = log.info) -> Result:
     """Train as the request says; resume if the run folder holds a checkpoint.
@@ -87,7 +93,7 @@ def _segment(request: SegmentRequest, device: torch.device, say: Say, started: f
     with first_speaks(), HeldLog() as lines, stoppable("preparing"):
         if not trial:  # told before the images are read; the folder is taken only when all is built
             from_first(lambda: check_out_folder(out, COMMAND, overwrite=request.overwrite, inputs=inputs) and None)
-        with saying_out_of_memory(device):
+        with saying_out_of_memory(device, LESS_MEMORY[request.task]):
             job = _build(request, device)
             _refuse_different_jobs(request, job)
             if trial:

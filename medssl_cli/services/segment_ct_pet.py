@@ -26,8 +26,9 @@ from medssl_cli.data.manifest import nearest_id, read_ids
 from medssl_cli.data.paired_augmentation import PairedAugment
 from medssl_cli.data.views import normalize
 from medssl_cli.engine.distributed import from_first, rank
+from medssl_cli.engine.memory import KeyNames
 from medssl_cli.models.dual_encoder import DualEncoderUNet
-from medssl_cli.models.vgg import load_vgg
+from medssl_cli.models.vgg import IMAGENET_DIGEST, load_vgg
 from medssl_cli.objectives.segmentation import SegmentationLoss
 from medssl_cli.services.segment_ct_pet_config import RANDOM, SAFE_KEYS, CtPetConfig, load_ct_pet_config
 from medssl_cli.services.segment_ct_pet_validation import Overlays, Validation
@@ -41,9 +42,27 @@ MEAN, STD = 0.5, 0.5
 """[0, 1] becomes [-1, 1], for the VGG trunks too."""
 SEQUENCES = ("CT", "PET")
 CLASSES = ("background", "lesion")
+IMAGENET, UNVERIFIED, NONE = "imagenet", "unverified", "none"
+VGG_WEIGHTS = {
+    IMAGENET: "torchvision's ImageNet weights of VGG-19, by their SHA-256",
+    UNVERIFIED: "a file of VGG-19 whose SHA-256 is not that of torchvision's ImageNet weights",
+    RANDOM: "untrained",
+    NONE: "two-way fusion has no trunks",
+}
+"""What ``vgg_weights`` of ``model.json`` can be."""
 WHOLE = 0
 """Tile of a network that is shown whole slices."""
 _SHOWN = 8
+
+KEYS = KeyNames(
+    batch="bs",
+    accumulation=None,
+    workers="num_workers",
+    less_memory="bs=2 and num_workers=2 suit 4 to 8 GB, --precision bf16 needs less",
+    not_finite="lower the learning rate (--lr 5e-5) with loss_type=combined, clip gradients (clip_grad=1), or compute "
+    "with --precision fp32",
+)
+"""Advice as in CoCoSeg's documentation."""
 
 Parts = Mapping[str, tuple[Triple, ...]]
 
@@ -57,6 +76,9 @@ def build_ct_pet_job(request: SegmentRequest, device: torch.device) -> SegmentJo
         CheckpointError: The VGG file is none.
     """
     config = load_ct_pet_config(request)
+    seed_everything(seed_for(config.random_seed, "network"))
+    network = DualEncoderUNet(config.network())
+    vgg = _fill_vgg(network, config)  # before the images: these may take minutes
     data = read_ct_pet(Path(str(config.dataset_root)).expanduser(), dataset_type=config.dataset_type,
                        patient_regex=config.patient_regex)  # fmt: skip
     parts = from_first(lambda: divide(data, config, request.splits))
@@ -66,9 +88,6 @@ def build_ct_pet_job(request: SegmentRequest, device: torch.device) -> SegmentJo
     counts = {"train": count_slices(train), "val": count_slices(val)}
     if "test" in parts:
         counts["test"] = {"n_slices": len(parts["test"]), "n_patients": n_patients(parts["test"])}
-    seed_everything(seed_for(config.random_seed, "network"))
-    network = DualEncoderUNet(config.network())
-    vgg = _fill_vgg(network, config)
     network.to(device)
     loss = SegmentationLoss(config.loss(), outputs=1)
     facts = _data_facts(data, parts, counts)
@@ -101,8 +120,10 @@ def build_ct_pet_job(request: SegmentRequest, device: torch.device) -> SegmentJo
         overlays=Overlays(val, MEAN, STD),
         card=card,
         data_facts=facts,
+        keys=KEYS,
+        distance_unit="px",
         seen=[(part, triple.name, triple.patient_id) for part in ("train", "val") for triple in parts[part]],
-        introduction=_introduction(counts, network, vgg),
+        introduction=[*_introduction(counts, network, vgg), config.loss_line(), _kept_line(train, val)],
         safe_keys=SAFE_KEYS,
         growing_keys=frozenset({"epoch"}),
         batch_keys=frozenset({"bs"}),
@@ -234,13 +255,24 @@ def _introduction(
         lines.append(f"{part + ':':<6} {slices} of {patients}, {lesions}")
     groups = network.parameter_counts().items()
     lines.append("network: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in groups))
-    return [*lines, f"VGG weights: {vgg['vgg_weights']}"]
+    return [*lines, f"VGG weights: {vgg['vgg_weights']}, {VGG_WEIGHTS[vgg['vgg_weights']]}"]
+
+
+def _kept_line(*sources: CtPetSource) -> str:
+    kept, every = sum(source.kept for source in sources), sum(map(len, sources))
+    others = "" if kept == every else "; the others are read again each time"
+    return f"{kept} of {counted(every, 'slice')} stay decoded in memory{others}"
 
 
 def _notes(counts: Mapping[str, Mapping[str, int]], vgg: Mapping[str, Any]) -> list[str]:
     notes = []
     if vgg["vgg_weights"] == RANDOM:
         notes.append("The VGG trunks are random: features of ImageNet are missing, and model.json says so.")
+    if vgg["vgg_weights"] == UNVERIFIED:
+        notes.append(
+            f"The VGG weights (SHA-256 {vgg['vgg_sha256'][:12]}…) are not torchvision's ImageNet weights as far as can "
+            f"be told, whose SHA-256 begins with {IMAGENET_DIGEST}: model.json calls them unverified."
+        )
     for part in ("train", "val"):
         if not counts[part]["n_with_lesion"]:
             notes.append(f"No slice of {part} has a lesion.")
@@ -251,13 +283,13 @@ def _notes(counts: Mapping[str, Mapping[str, int]], vgg: Mapping[str, Any]) -> l
 
 
 def _fill_vgg(network: DualEncoderUNet, config: CtPetConfig) -> dict[str, Any]:
-    """Load the trunks as the settings say; ``vgg_weights`` (imagenet, random, none) and ``vgg_sha256``."""
+    """Load the trunks as the settings say; ``vgg_sha256`` of the file, and ``vgg_weights`` as ``VGG_WEIGHTS`` tells."""
     if config.fusion == "2way":
-        return {"vgg_weights": "none", "vgg_sha256": None}
+        return {"vgg_weights": NONE, "vgg_sha256": None}
     if config.vgg_weights == RANDOM:
         return {"vgg_weights": RANDOM, "vgg_sha256": None}
-    digest = load_vgg(network, Path(str(config.vgg_weights)).expanduser())
-    return {"vgg_weights": "imagenet", "vgg_sha256": digest}
+    origin = load_vgg(network, Path(str(config.vgg_weights)).expanduser())
+    return {"vgg_weights": IMAGENET if origin.is_imagenet else UNVERIFIED, "vgg_sha256": origin.sha256}
 
 
 def _one_group(network: DualEncoderUNet) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -20,10 +19,6 @@ from medssl_cli.objectives.segmentation import LossName, SegmentationLossConfig
 from medssl_cli.services.segment_job import TrainSettings
 from medssl_cli.services.segment_request import SegmentRequest
 
-log = logging.getLogger(__name__)
-
-REMARK = "_comment"
-"""Key of a file that holds a remark and nothing else."""
 ALIASES = {"alpha": "fn_weight", "beta": "fp_weight"}
 """CoCoSeg's names of the Tversky weights, with the meaning of its code: alpha on missed pixels, beta on wrong ones."""
 RANDOM = "random"
@@ -126,13 +121,6 @@ class CtPetConfig(Config):
     loader_timeout_s: PositiveFloat = 600.0
     """Longest wait for a batch."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_remark(cls, values: Any) -> Any:
-        if isinstance(values, dict) and REMARK in values:
-            return {key: value for key, value in values.items() if key != REMARK}
-        return values
-
     @model_validator(mode="after")
     def _fit_together(self) -> CtPetConfig:
         faults = list(self._faults())
@@ -160,6 +148,16 @@ class CtPetConfig(Config):
         """The loss."""
         keys = SegmentationLossConfig.model_fields.keys() & type(self).model_fields.keys()
         return SegmentationLossConfig(**{key: getattr(self, key) for key in keys})
+
+    def loss_line(self) -> str:
+        """The loss with its weights, and what they weigh, in words."""
+        weights = ", ".join(f"{key} {getattr(self, key):g}" for key in _KEYS_OF_LOSS[self.loss_type])
+        if self.loss_type == "tversky":
+            weights = (
+                f"fn_weight (alpha) {self.fn_weight:g} on missed pixels, fp_weight (beta) {self.fp_weight:g} on "
+                "wrongly marked ones"
+            )
+        return f"loss: {self.loss_type}{': ' if weights else ''}{weights}; of each {self.reduction}"
 
     def network(self) -> DualEncoderConfig:
         """The network."""
@@ -198,7 +196,12 @@ def load_ct_pet_config(request: SegmentRequest) -> CtPetConfig:
         "lr": request.lr,
         "bs": request.batch_size,
         "loss_type": request.loss_type,
+        "dice_weight": request.dice_weight,
+        "ce_weight": request.ce_weight,
+        "pos_weight": request.pos_weight,
         "val_ratio": request.val_ratio,
+        "val_freq": request.val_freq,
+        "save_freq": request.save_freq,
         "random_seed": request.seed,
         "num_workers": request.workers,
         "precision": request.precision,
@@ -209,13 +212,9 @@ def load_ct_pet_config(request: SegmentRequest) -> CtPetConfig:
         "dataset_root": None if request.data is None else str(request.data),
         "logdir": None if request.out is None else str(request.out),
     }
-    config = load_config(
+    return load_config(
         CtPetConfig, request.config, recipes="segment", flags=flags, overrides=request.overrides, aliases=ALIASES
     )
-    if config.loss_type == "tversky":
-        log.info("Tversky: fn_weight (alpha) %g on missed pixels, fp_weight (beta) %g on wrongly marked ones",
-                 config.fn_weight, config.fp_weight)  # fmt: skip
-    return config
 
 
 def settle_ct_pet(request: SegmentRequest) -> SegmentRequest:

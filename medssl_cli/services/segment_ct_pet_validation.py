@@ -18,21 +18,23 @@ from torch import Tensor, nn
 
 from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.core.run import worker_count
-from medssl_cli.data.labelled_slices import CtPetSource, LabelledSource, ordered_batches
+from medssl_cli.data.images import write_image
+from medssl_cli.data.labelled_slices import CtPetSource, collate_labelled, ordered_batches
 from medssl_cli.data.views import normalize
 from medssl_cli.metrics.segmentation import counts, dice, f1, iou
 from medssl_cli.metrics.surface import hausdorff_95
 from medssl_cli.metrics.sweep import ThresholdSweep
 from medssl_cli.objectives.segmentation import SegmentationLoss
-from medssl_cli.report.overlay import contour, draw, montage, png_bytes, window
+from medssl_cli.report.mask_overlay import draw_masks, overlay_strip
+from medssl_cli.report.overlay import window
 from medssl_cli.services.read_ahead import read_ahead
 from medssl_cli.services.segment_ct_pet_config import CtPetConfig
 from medssl_cli.services.segment_job import SCORE, THRESHOLD_RESULTS
 
-REFERENCE, PREDICTION, BOTH = (0, 200, 0), (230, 40, 40), (240, 220, 0)
-"""Colours of contours, and of the pixels that are of both."""
 SHOWN = 8
 """Slices with an overlay."""
+SIDE = 256
+"""Side of a drawn slice in pixels, about: smaller ones are enlarged by a whole number."""
 AT = 0.5
 """Threshold of the plain figures."""
 
@@ -102,7 +104,7 @@ class Validation:
 
 @dataclass
 class Overlays:
-    """Pictures of some validation slices: CT and PET with the reference in green and the prediction in red.
+    """Pictures of some validation slices: CT and PET as they are, and with the reference and the prediction.
 
     Args:
         source: Slices.
@@ -114,20 +116,21 @@ class Overlays:
     std: float
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module, folder: Path) -> None:
-        """Write one PNG a slice into ``folder``."""
+    def __call__(self, network: nn.Module, folder: Path, threshold: float | None = None) -> None:
+        """Write one PNG a slice into ``folder``; pixels count as predicted from ``threshold`` on, ``AT`` if None."""
+        at = AT if threshold is None else threshold
+        captions = ("CT", "green line: reference", "PET", f"filled: prediction from {at:g} on")
         for index in self.chosen():
-            batch = next(ordered_batches(_One(self.source, index), 1))
-            predicted_HW = (logits_of(network, batch, self.mean, self.std)[0, 0].sigmoid() >= AT).cpu().numpy()
-            reference_HW = batch.label_map_BHW[0].numpy() != 0
+            batch = collate_labelled([self.source[(index, index)]])
+            predicted_HW = (logits_of(network, batch, self.mean, self.std)[0, 0].sigmoid() >= at).cpu().numpy()
+            reference_HW = batch.label_map_BHW[0].numpy()
+            scale = max(1, round(SIDE / max(reference_HW.shape)))
             panels = []
             for image_HW in batch.images_BSHW[0].numpy():
                 grey = window(image_HW, 0.0, 1.0)
-                true_HW, found_HW = contour(reference_HW), contour(predicted_HW)
-                outlined = draw(draw(grey, true_HW, REFERENCE), found_HW, PREDICTION)
-                panels += [grey, draw(outlined, true_HW & found_HW, BOTH)]
-            name = Path(batch.case_ids[0]).with_suffix(".png").name
-            (folder / name).write_bytes(png_bytes(montage(panels, columns=4)))
+                panels.append(draw_masks(grey, None, None, scale=scale))
+                panels.append(draw_masks(grey, reference_HW, predicted_HW, scale=scale))
+            write_image(folder / Path(batch.case_ids[0]).with_suffix(".png").name, overlay_strip(panels, captions))
 
     def chosen(self) -> list[int]:
         """Slices spread over the list, those with a lesion first."""
@@ -141,23 +144,6 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
     if len(indices) <= count:
         return list(indices)
     return [indices[round(place)] for place in np.linspace(0, len(indices) - 1, count)] if count else []
-
-
-@dataclass
-class _One:
-    """One slice of a source."""
-
-    source: LabelledSource
-    index: int
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.source[(self.index, self.index)]
-
-    def case_id(self, index: int) -> str:
-        return self.source.case_id(self.index)
 
 
 def _distance_px(prediction_HW: np.ndarray, reference_HW: np.ndarray) -> float:

@@ -30,7 +30,8 @@ DEFINITIONS = {
     "val_dice": "mean over the validation images at probability 0.5",
     "val_iou": "as val_dice",
     "val_f1": "as val_dice",
-    "val_hd95": "mean of the 95th percentile Hausdorff distance over the images in which neither side is empty",
+    "val_hd95": "mean of the 95th percentile Hausdorff distance over the images in which neither side is empty, in "
+    "pixels or mm as distance_unit of model.json says",
     "val_best_dice": "highest mean Dice over the swept thresholds",
     "val_best_threshold": "threshold of that Dice",
     "score": "what selects the best epoch; greater is better, of equal ones the first stays",

@@ -15,6 +15,7 @@ from torch import nn
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.protocols import LabelledBatch
+from medssl_cli.engine.memory import KeyNames
 from medssl_cli.engine.precision import PrecisionName
 from medssl_cli.services.segment_request import SegmentTask
 
@@ -96,10 +97,13 @@ class SegmentJob:
             draws seeded by (seed, step, micro, rank).
         validate: Averaged network -> the figures ``VAL_FIGURES`` (None where not defined) and ``SCORE``, perhaps
             ``THRESHOLD_RESULTS``; called in the first process, must leave the network as it was.
-        overlays: (averaged network, empty folder) -> some PNG there: input, reference (green), prediction (red).
+        overlays: (averaged network, empty folder, threshold of the probability or None) -> some PNG there: input,
+            reference (green), prediction (red).
         card: What ``model.json`` holds beyond the facts of every model: ``network`` (name and constructor arguments),
             preprocessing, mean, std, sequences, ...
         data_facts: For ``run.json`` and ``model.json``: counts by part, ``split_digest``, ``data_digest``, ``layout``.
+        keys: What the keys of ``config`` are called, for advice.
+        distance_unit: Of ``val_hd95``: ``px`` or ``mm``. That of the training batch is in pixels, always.
         seen: (part, case_id, patient_id) of every case that was trained or selected on, for ``cases.csv``.
         introduction: Lines for the log, e.g. counts by part and parameters.
         outputs: C, logits of a pixel.
@@ -125,9 +129,11 @@ class SegmentJob:
     train: LabelledSource
     views: Callable[[LabelledBatch, int, int], LabelledBatch]
     validate: Callable[[nn.Module], Mapping[str, Any]]
-    overlays: Callable[[nn.Module, Path], None]
+    overlays: Callable[[nn.Module, Path, float | None], None]
     card: dict[str, Any]
     data_facts: dict[str, Any]
+    keys: KeyNames
+    distance_unit: Literal["px", "mm"]
     seen: Sequence[tuple[str, str, str]] = ()
     introduction: Sequence[str] = ()
     outputs: int = 1

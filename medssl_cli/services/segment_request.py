@@ -23,8 +23,10 @@ class SegmentRequest:
         splits: Folder of ``medssl split`` with ``train.csv`` and ``val.csv``.
         split_csv: Table of the cases to use, some of which are held back for validation.
         model: Backbone of the semantic task: run or weight file.
+        label, classes, group_pattern: Flags of the semantic task over the keys of the same name under ``data``.
         resume_ckpt: Checkpoint to go on from: a run folder, its ``last``, or one ``step_…`` folder in it.
-        epochs, lr, batch_size, loss_type, val_ratio: Flags over the keys of the same meaning in the config.
+        epochs, lr, batch_size, loss_type, dice_weight, ce_weight, pos_weight, val_ratio, val_freq, save_freq: Flags
+            over the keys of the same meaning in the config.
         dataset_type, patient_regex, mask_threshold, vgg_weights: Flags of the ct-pet task.
         allowed_changes: Keys of ``--allow-config-change``.
     """
@@ -37,6 +39,9 @@ class SegmentRequest:
     split_csv: Path | None = None
     out: Path | None = None
     model: Path | None = None
+    label: str | None = None
+    classes: str | None = None
+    group_pattern: str | None = None
     gpus: int = 1
     resume: bool = True
     resume_ckpt: Path | None = None
@@ -44,7 +49,12 @@ class SegmentRequest:
     lr: float | None = None
     batch_size: int | None = None
     loss_type: str | None = None
+    dice_weight: float | None = None
+    ce_weight: float | None = None
+    pos_weight: float | None = None
     val_ratio: float | None = None
+    val_freq: int | None = None
+    save_freq: int | None = None
     dataset_type: str | None = None
     patient_regex: str | None = None
     mask_threshold: int | None = None
@@ -127,6 +137,9 @@ def _without_effect(request: SegmentRequest) -> list[str]:
     }
     of_semantic = {
         "--model": request.model,
+        "--label": request.label,
+        "--classes": request.classes,
+        "--group-pattern": request.group_pattern,
         "--split-csv": request.split_csv,
         "--cache": request.cache,
         "--on-error": request.on_error,

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from medssl_cli.core.config import dump_config
-from medssl_cli.core.errors import NonFiniteError, PartialFailure
+from medssl_cli.core.errors import PartialFailure
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import hide_home, plain, provenance, result_header, write_csv, write_failures, write_text
 from medssl_cli.core.wording import counted
@@ -40,10 +40,6 @@ LEFT_BY_A_RUN = (
     *("training_metrics.jsonl", "training_metrics.json", "run.json", "log.txt", "config.yaml", "failures.csv"),
 )
 """What ``--no-resume`` removes once the new run is built."""
-NON_FINITE_FIX = (
-    "look at these cases with `medssl check-data`; lower the learning rate tenfold (--lr), clip gradients at 1, or "
-    "compute with --precision fp32; nothing was updated in this step"
-)
 
 
 def train_job(job: SegmentJob, folder: RunFolder, request: SegmentRequest, started: float) -> Result:
@@ -86,7 +82,7 @@ def train_job(job: SegmentJob, folder: RunFolder, request: SegmentRequest, start
         facts = {"stopped_early": watch.stopped_early, **facts, **watch.figures()}
         facts["elapsed_s"] = round(time.time() - started, 3)
         folder.say("finished", step=training.trainer.steps_done, epoch=training.epoch, **facts)
-    return _finished(watch, facts, started)
+    return _finished(watch, facts, request, started)
 
 
 def _open(watch: SegmentWatch, checkpoint: Checkpoint | None) -> None:
@@ -114,8 +110,6 @@ def _fit(watch: SegmentWatch) -> dict[str, Any]:
             fit = trainer.fit()
         except EnoughError:
             return {}
-        except NonFiniteError as error:
-            raise NonFiniteError(error.what, where=error.where, fix=NON_FINITE_FIX, code=error.code) from error
     return {"images_per_s": fit.images_per_s, "peak_memory_gib": fit.peak_memory_gib}
 
 
@@ -135,6 +129,7 @@ def _run_facts(training: SegmentTraining, request: SegmentRequest, started: floa
         "classes": list(job.classes),
         "n_parameters": job.parameter_counts(),
         "n_failed": len(job.failures),
+        "distance_unit": job.distance_unit,
         "total_steps": training.trainer.total_steps,
         "epoch_steps": training.epoch_steps,
         "resumed_from": None if request.resume_ckpt is None else str(request.resume_ckpt),
@@ -156,15 +151,16 @@ def _finished_before(watch: SegmentWatch, started: float) -> Result:
     return Result(lines, plain({**facts, **watch.figures()}), _left_out(watch))
 
 
-def _finished(watch: SegmentWatch, facts: dict[str, Any], started: float) -> Result:
+def _finished(watch: SegmentWatch, facts: dict[str, Any], request: SegmentRequest, started: float) -> Result:
     out, epoch = watch.folder.path, watch.training.epoch
+    data = shlex.quote(str(request.data)) if request.data else "ROOT"
     speed = f", {facts['images_per_s']:.1f} images/s" if facts.get("images_per_s") else ""
     early = ", ended early: nothing better came" if watch.stopped_early else ""
     lines = [
         f"{counted(epoch, 'epoch')} in {timedelta(seconds=round(time.time() - started))}{speed}{early}",
         *_best_lines(watch),
         f"curves:   {out / 'progress.png'}",
-        f"next:     medssl eval --model {shlex.quote(str(out))} --data ROOT --split test --out eval",
+        f"next:     medssl eval --model {shlex.quote(str(out))} --data {data} --split test --out eval",
     ]
     header = {**result_header(COMMAND, started), "run": hide_home(str(out)), "epochs": epoch}
     return Result(lines, plain({**header, **facts}), _left_out(watch))
@@ -184,7 +180,10 @@ def _best_lines(watch: SegmentWatch) -> list[str]:
     }
     if row["val_best_dice"] is None:
         shown[SCORE] = row[SCORE]
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+    units = {"HD95": f" {watch.training.job.distance_unit}"}
+    figures = ", ".join(
+        f"{name} {value:.3f}{units.get(name, '')}" for name, value in shown.items() if value is not None
+    )
     return [
         f"best:     epoch {watch.kept.epoch}, on the validation images: {figures}",
         f"model:    {watch.folder.path / SEGMENTER_WEIGHTS} and {SEGMENTER_CARD}",

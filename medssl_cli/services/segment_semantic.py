@@ -23,6 +23,7 @@ from medssl_cli.data.labelled_volumes import LabelledPictures, SliceLabels
 from medssl_cli.data.paired_augmentation import PairedAugment
 from medssl_cli.data.views import normalize
 from medssl_cli.engine.distributed import rank, world_size
+from medssl_cli.engine.memory import KeyNames
 from medssl_cli.engine.optim import BACKBONE, parameter_groups
 from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.dense_decoder import DenseNetwork
@@ -38,7 +39,7 @@ from medssl_cli.services.segment_request import SegmentRequest
 from medssl_cli.services.segment_semantic_config import SemanticConfig
 from medssl_cli.services.segment_semantic_data import SemanticData, read_semantic_data
 from medssl_cli.services.segment_validation import DEFINITIONS, draw_overlays, validate_cases
-from medssl_cli.services.segmenter import network_facts, segmenter_of
+from medssl_cli.services.segmenter import Segmenter, network_facts, segmenter_of
 from medssl_cli.services.slice_pipeline import InferSegmentConfig
 
 __all__ = ["SemanticConfig", "build_semantic_job"]
@@ -51,6 +52,13 @@ VALIDATION_OVERLAP = 0.5
 SAFE_KEYS = frozenset({"train.num_workers", "train.log_every", "train.loader_timeout_s", "train.save_every"})
 BATCH_KEYS = frozenset({"optim.batch_size", "optim.accumulation"})
 GROWING_KEYS = frozenset({"optim.epochs", "train.patience"})
+KEYS = KeyNames(
+    batch="optim.batch_size",
+    accumulation="optim.accumulation",
+    workers="train.num_workers",
+    less_memory="finetune.grad_checkpointing=true, a smaller data.tile or --precision bf16 need less",
+    not_finite="lower the learning rate tenfold (--lr), keep optim.clip_grad at 3.0, or compute with --precision fp32",
+)
 LOCATION_KEYS = frozenset({"data.root", "data.splits", "data.split_csv"})
 
 
@@ -91,6 +99,8 @@ def build_semantic_job(request: SegmentRequest, device: torch.device) -> Segment
         overlays=partial(_overlays, segmenter=segmenter, data=data, infer=infer),
         card=card,
         data_facts=data.facts(),
+        keys=KEYS,
+        distance_unit="px" if data.kind == "images" else "mm",
         seen=data.seen(),
         introduction=[*data.lines(), _backbone_line(backbone, config)],
         safe_keys=SAFE_KEYS,
@@ -117,12 +127,20 @@ def load_semantic_config(request: SegmentRequest) -> SemanticConfig:
         "data.root": text(request.data),
         "data.splits": text(request.splits),
         "data.split_csv": text(request.split_csv),
+        "data.label": request.label,
+        "data.classes": request.classes,
+        "data.group_pattern": request.group_pattern,
         "data.val_ratio": request.val_ratio,
         "data.on_error": request.on_error,
         "optim.epochs": request.epochs,
         "optim.lr": request.lr,
         "optim.batch_size": request.batch_size,
         "loss.loss_type": request.loss_type,
+        "loss.dice_weight": request.dice_weight,
+        "loss.ce_weight": request.ce_weight,
+        "loss.pos_weight": request.pos_weight,
+        "train.val_every": request.val_freq,
+        "train.save_every": request.save_freq,
         "train.precision": request.precision,
         "train.seed": request.seed,
         "train.num_workers": request.workers,
@@ -322,6 +340,12 @@ def _validate(
 
 
 def _overlays(
-    network: nn.Module, folder: Path, *, segmenter: Any, data: SemanticData, infer: InferSegmentConfig
+    network: nn.Module,
+    folder: Path,
+    threshold: float | None,
+    *,
+    segmenter: Segmenter,
+    data: SemanticData,
+    infer: InferSegmentConfig,
 ) -> None:
-    draw_overlays(network, segmenter, data.validation(), folder, infer)
+    draw_overlays(network, replace(segmenter, threshold=threshold), data.validation(), folder, infer)

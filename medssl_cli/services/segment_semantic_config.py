@@ -19,7 +19,6 @@ from medssl_cli.objectives.segmentation import SegmentationLossConfig
 Kind = Literal["volumes", "images"]
 _SIDED = re.compile(r"(?<![a-z])(left|right|l|r|lt|rt)(?![a-z])")
 _OF_VOLUMES = ("mri_sequences", "pixel_mm", "context", "slices_per_case", "template")
-_OF_PICTURES = ("group_pattern",)
 _OF_TRAINED_BACKBONE = ("backbone_lr_scale", "layerwise_decay", "freeze_epochs", "drop_path", "grad_checkpointing")
 
 
@@ -45,8 +44,9 @@ class LabelledDataConfig(Config):
     """Case tree: file stem of the label map in the folder of each case, e.g. roi_Prostate. Pictures: the folder of the
     label maps, where its name is unusual. nnU-Net and the Decathlon name theirs themselves."""
     group_pattern: str = ""
-    """Pictures: regular expression that finds the patient in the path of a picture, as of `medssl split`; without it
-    every picture is a patient of its own."""
+    """Regular expression whose first group is the patient in the id of a case or the path of a picture, as of
+    `medssl split`. Without it every picture, and every case of nnU-Net and the Decathlon, is a patient of its own, and
+    the folders of a case tree tell theirs: PT-0001_20240215 is a visit of PT-0001."""
     classes: tuple[str, ...] = ()
     """Structures: names for the values 1, 2, …, or names with their values, e.g. [lesion=2+3, ignore=255]; what is
     called ignore counts neither in the loss nor in a metric. If not given: as the layout says, else one structure for
@@ -212,8 +212,8 @@ def check_semantic_config(config: SemanticConfig, kind: Kind) -> None:
 
 def _faults(config: SemanticConfig, kind: Kind) -> Iterator[str]:
     data = config.data
-    idle = [name for name in (_OF_VOLUMES if kind == "images" else _OF_PICTURES) if name in data.model_fields_set]
-    yield from (f"data.{name}: no effect on {'pictures' if kind == 'images' else 'volumes'}" for name in idle)
+    idle = [name for name in _OF_VOLUMES if kind == "images" and name in data.model_fields_set]
+    yield from (f"data.{name}: no effect on pictures" for name in idle)
     if data.splits is not None and data.split_csv is not None:
         yield "data.splits, data.split_csv: they exclude each other"
     if data.splits is not None and "val_ratio" in data.model_fields_set:

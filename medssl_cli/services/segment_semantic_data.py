@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medssl_cli.core.case import Case
-from medssl_cli.core.errors import ConfigError, DataError, MedsslError
+from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import digest_of, hide_home, seed_for, worker_count
 from medssl_cli.core.wording import counted
 from medssl_cli.data.checks import check_geometry
@@ -198,18 +196,13 @@ def read_semantic_data(config: SemanticConfig, backbone: Backbone, request: Segm
         ResourceError: No room on the disk for the prepared data.
     """
     root = _root(config.data)
-    with _naming_keys():
-        return _read(config, root, backbone, request)
-
-
-def _read(config: SemanticConfig, root: Path, backbone: Backbone, request: SegmentRequest) -> SemanticData:
     kind, layout = _kind_of(config.data, root)
     check_semantic_config(config, kind)
     reader = _Reader(config.data, root, kind, layout, _channel_names(config.data, root, layout, backbone, kind))
     listed, division = _listed(reader)
     _refuse_leaks(listed)
     looked = _look_at_labels(reader, listed, backbone, request)
-    spec = _spec(config.data, root, looked.values_of)
+    spec = _spec(config.data, root, kind, looked.values_of)
     if "val" not in listed:
         looked = _held_back(looked, config, spec)
         division += f"; {config.data.val_ratio:g} of the patients held back for validation, seed {config.train.seed}"
@@ -228,7 +221,7 @@ def _read(config: SemanticConfig, root: Path, backbone: Backbone, request: Segme
         raise DataError(
             "No training case has a structure: there is nothing to learn.",
             where=f"{hide_home(str(root))}: {counted(len(used), 'training case')}, {spec.describe()}",
-            fix="check data.label and data.classes, or name cases with a structure",
+            fix="check --label and --classes, or name cases with a structure",
             code="label_empty",
         )
     stores = {
@@ -254,21 +247,6 @@ def _read(config: SemanticConfig, root: Path, backbone: Backbone, request: Segme
         unused=len(parts["train"]) - len(used),
     )
     return replace(data, notes=_notes(data))
-
-
-@contextmanager
-def _naming_keys() -> Iterator[None]:
-    """Label maps and classes are keys of this command where they are options of others; errors name them so."""
-    try:
-        yield
-    except MedsslError as error:
-        where, fix = (_with_keys(text) for text in (error.where, error.fix))
-        raise type(error)(error.what, where=where, fix=fix, code=error.code) from error
-
-
-def _with_keys(text: str) -> str:
-    """``e.g. --label lesion`` becomes ``e.g. data.label=lesion``, and a bare ``--label`` ``data.label``."""
-    return re.sub(r"--(label|classes)\b", r"data.\1", re.sub(r"(e\.g\.|or) --(label|classes) ", r"\1 data.\2=", text))
 
 
 def _notes(data: SemanticData) -> tuple[str, ...]:
@@ -387,6 +365,7 @@ class _Reader:
             template=self.config.template,
             split_csv=split_csv,
             split=split,
+            group_pattern=self.config.group_pattern or None,
             on_fault=self._on_fault,
         )
         return self._in_place(cases)
@@ -454,7 +433,8 @@ def _by_folder(cases: Sequence[Case]) -> tuple[dict[str, list[Case]], str]:
         return {"train": parts["train"], "val": parts["val"]}, "as the data set tells"
     if parts["train"] or parts["val"]:
         kept = [*parts["train"], *parts["val"], *parts[""]]
-        return {"train": kept}, f"training cases of the data set, {counted(len(parts['test']), 'test case')} left alone"
+        alone = f", {counted(len(parts['test']), 'test case')} left alone" if parts["test"] else ""
+        return {"train": kept}, f"training cases of the data set{alone}"
     if parts[""]:
         return {"train": parts[""]}, "all cases"
     return {"train": []}, "the data set has test cases alone"
@@ -540,7 +520,7 @@ def _look_at_labels(
     if reader.kind == "images":
         values_of = _picture_values(cases, reader, failures)
     else:
-        tell_absent(cases, (IMAGE,) if plain else reader.sequences)
+        tell_absent(cases, (IMAGE,) if plain else reader.sequences, "The network sees the others alone there.")
         store = _build(cases, reader, backbone, request)
         values_of = {store.case_id(n): frozenset(store.label_values(n).tolist()) for n in range(len(store))}
         failures = [tuple(failure) for failure in store.failures]  # type: ignore[misc]
@@ -581,7 +561,7 @@ def _picture_values(cases: Sequence[Case], reader: _Reader, failures: list[Failu
     return found
 
 
-def _spec(config: LabelledDataConfig, root: Path, values_of: Mapping[str, frozenset[int]]) -> LabelSpec:
+def _spec(config: LabelledDataConfig, root: Path, kind: Kind, values_of: Mapping[str, frozenset[int]]) -> LabelSpec:
     """Classes as named, as the data set tells, or as the label maps show.
 
     Raises:
@@ -590,10 +570,9 @@ def _spec(config: LabelledDataConfig, root: Path, values_of: Mapping[str, frozen
     told = None if config.classes else described_spec(root)
     if told is not None:
         return told
-    names = config.classes
-    if not names and config.label and len(set().union(*values_of.values()) - {0}) <= 1:
-        names = (config.label,)  # one structure is called as its file
-    return spec_of_values(set().union(*values_of.values()), names, where=hide_home(str(root)))
+    values = set().union(*values_of.values())
+    stem = config.label if kind == "volumes" else ""  # that of pictures is a folder
+    return spec_of_values(values, config.classes, label=stem, where=hide_home(str(root)))
 
 
 # --- who is trained on -----------------------------------------------------------------------------------------------

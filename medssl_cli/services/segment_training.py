@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import plain, result_header
+from medssl_cli.core.wording import counted
 from medssl_cli.data.labelled_slices import EpochSampler, build_labelled_loader
 from medssl_cli.engine.distributed import NetworkShardingConfig, build_parallel, local_world, rank, world_size
 from medssl_cli.engine.estimate import estimate
@@ -60,7 +61,8 @@ class SegmentTraining:
             *job.introduction,
             f"parameters: {counts['total']:,} in all, {counts['trainable']:,} trained, {counts['frozen']:,} frozen",
             f"{describe_device(job.device)}{processes}, {settings.precision}, {self.workers} loader workers",
-            f"{settings.epochs} epochs of {self.epoch_steps} steps of up to {samples_per_update(job)} samples",
+            f"{counted(settings.epochs, 'epoch')} of {counted(self.epoch_steps, 'step')} of up to "
+            f"{counted(samples_per_update(job), 'sample')}",
         ]
 
 
@@ -112,6 +114,7 @@ def build_training(job: SegmentJob) -> SegmentTraining:
         seed=settings.seed,
         checkpoint_every=epoch_steps,
         parallel=parallel,
+        keys=job.keys,
     )
     return SegmentTraining(job, objective, trainer, schedule, epoch_steps, workers)
 
@@ -147,8 +150,8 @@ def dry_run(job: SegmentJob, started: float) -> Result:
     training = build_training(job)
     found = estimate(
         training.trainer,
-        batch=job.settings.batch_size,
-        samples_per_step=samples_per_update(job),
+        batch=min(job.settings.batch_size, len(job.train)),  # the first batch of fewer samples is smaller
+        samples_per_step=min(samples_per_update(job), len(job.train)),
         steps=training.trainer.total_steps,
         cases=len(job.train),
         cache_bytes=int(job.data_facts.get("cache_bytes") or 0),

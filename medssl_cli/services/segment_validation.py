@@ -32,7 +32,8 @@ from medssl_cli.metrics.segmentation import class_counts, dice, iou
 from medssl_cli.metrics.surface import boundary, hausdorff_95
 from medssl_cli.metrics.sweep import ThresholdSweep
 from medssl_cli.objectives.segmentation import SegmentationLoss
-from medssl_cli.report.overlay import contour, draw, montage, radiological, window
+from medssl_cli.report.mask_overlay import draw_masks, overlay_strip
+from medssl_cli.report.overlay import radiological, window
 from medssl_cli.services.segmentation_inference import decide
 from medssl_cli.services.segmenter import Segmenter
 from medssl_cli.services.slice_pipeline import InferSegmentConfig, segment_planes
@@ -44,7 +45,8 @@ MOST_SURFACE = 200_000
 """Voxels of a surface up to which its distances are worth their time, some tenths of a second."""
 CUT = 0.5
 """Probability from which on a voxel counts as predicted where no threshold is swept."""
-REFERENCE_COLOUR, PREDICTION_COLOUR = (0, 220, 0), (230, 0, 0)
+SIDE = 256
+"""Side of a drawn slice in pixels, about: smaller ones are enlarged by a whole number."""
 
 DEFINITIONS = {
     "val_loss": "the training loss of whole slices as inference sees them, mean over slices with a pixel that counts",
@@ -57,7 +59,7 @@ DEFINITIONS = {
     "structures whose prediction has a surface of over 200,000 voxels, as of a network that has learned nothing yet",
     "val_best_dice": "one structure: the highest of the mean Dice over patients at thresholds from 0.20 to 0.60",
     "val_best_threshold": "one structure: the threshold of val_best_dice",
-    "score": "one structure: val_best_dice, at the threshold that the model is kept with; several: val_dice. It selects "
+    "score": "one structure: val_best_dice, at the threshold that the model is kept with; several: val_dice. Selects "
     "the best epoch, of equal ones the first stays",
 }
 """For ``model.json``."""
@@ -344,9 +346,10 @@ class _Near:
 def draw_overlays(
     network: nn.Module, segmenter: Segmenter, cases: ValidationCases, folder: Path, config: InferSegmentConfig
 ) -> None:
-    """PNG of up to eight validation cases: each channel of the slice with most of a structure, then its outlines.
+    """PNG of up to eight validation cases: each channel of the slice with most of a structure, then both label maps.
 
-    The outline of the reference is green, that of the prediction red, and yellow where they lie on one another.
+    The reference is a green line, the prediction an area in the colour of its class, at the threshold of ``segmenter``
+    or at ``CUT`` where it has none.
     """
     judged = replace(segmenter, network=network)
     for place, index in enumerate(_spread(len(cases), MOST_OVERLAYS)):
@@ -355,7 +358,7 @@ def draw_overlays(
         near = _Near(planes, number, segmenter.context)
         probabilities = list(segment_planes(judged, near, config))
         predicted_HW = decide(probabilities[number - near.first], segmenter.threshold or CUT)
-        picture = _picture(planes, number, predicted_HW)
+        picture = _picture(planes, number, predicted_HW, segmenter.sequences)
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in planes.case_id)[-80:]
         write_image(folder / f"{place:02d}_{name}_slice{number:03d}.png", picture)
 
@@ -371,22 +374,12 @@ def _fullest(planes: LabelledPlanes) -> int:
     return int(np.argmax(found)) if any(found) else len(planes) // 2
 
 
-def _picture(planes: LabelledPlanes, number: int, predicted_HW: np.ndarray) -> np.ndarray:
-    """(H, W', 3) uint8: the channels of a slice side by side, then the first one with both outlines."""
+def _picture(planes: LabelledPlanes, number: int, predicted_HW: np.ndarray, sequences: Sequence[str]) -> np.ndarray:
+    """(H', W', 3) uint8: the channels of a slice side by side, then the first one with both label maps."""
     views = [window(planes.shown(channel_HW), 0.0, 1.0) for channel_HW in planes.scaled(number)]
-    classes_HW = planes.classes(number)
-    lines = [
-        planes.shown(_outlines(labels))
-        for labels in (np.where(classes_HW == IGNORE_LABEL, 0, classes_HW), predicted_HW)
-    ]
-    drawn = draw(draw(views[0], lines[0], REFERENCE_COLOUR), lines[1], PREDICTION_COLOUR)
-    both = draw(drawn, lines[0] & lines[1], (240, 220, 0))
-    return montage([*views, both])
-
-
-def _outlines(labels_HW: np.ndarray) -> np.ndarray:
-    """Where the outline of any structure runs."""
-    lines = np.zeros(labels_HW.shape, dtype=bool)
-    for number in np.unique(labels_HW[labels_HW > 0]):
-        lines |= contour(labels_HW == number)
-    return lines
+    reference_HW, prediction_HW = planes.shown(planes.classes(number)), planes.shown(predicted_HW)
+    scale = max(1, round(SIDE / max(reference_HW.shape)))
+    shown = [draw_masks(view, None, None, scale=scale) for view in views]
+    names = sequences if len(sequences) == len(views) else [f"channel {n}" for n in range(1, len(views) + 1)]
+    drawn = draw_masks(views[0], reference_HW, prediction_HW, scale=scale)
+    return overlay_strip([*shown, drawn], [*names, "green: reference; filled: prediction"])

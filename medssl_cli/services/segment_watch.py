@@ -33,7 +33,7 @@ from medssl_cli.core.run import (
 from medssl_cli.engine.checkpoint import Checkpoint, Checkpoints
 from medssl_cli.engine.distributed import from_first, rank
 from medssl_cli.metrics.surface import hausdorff_95
-from medssl_cli.report.training_plots import draw_training
+from medssl_cli.report.segment_plots import draw_segment_progress
 from medssl_cli.services.lookup import SEGMENTER_CARD, SEGMENTER_WEIGHTS
 from medssl_cli.services.run_folder import RunFolder, without_home
 from medssl_cli.services.segment_history import DEFINITIONS, History, read_history
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EPOCHS, OVERLAYS = "checkpoints", "val_overlays"
+STILL, FALLEN = 5, 0.01
+"""A training loss that has not fallen by this share after so many epochs is told: once, for it may yet fall."""
 DRAW_EVERY_S = 20.0
 """Least time between two pictures of the curves: a small run has epochs of less than it takes to draw one."""
 
@@ -157,12 +159,23 @@ class SegmentWatch:
         self.history.add_epoch(epoch, self.training.schedule.at(step - 1)["lr"], figures)
         if epoch % settings.val_freq == 0 or epoch == settings.epochs:
             self._validate(epoch)
+        if epoch == STILL:
+            self._say_still()
         if settings.save_freq and epoch % settings.save_freq == 0:
             self._save_weights(self.folder.path / EPOCHS / f"epoch_{epoch:04d}.safetensors")
         self._remember()
         self._show(epoch)
         self.folder.say("running", step=step, epoch=epoch, **self.figures())
         self.history.write(self.folder.path)  # last: whoever finds the epoch here finds all else of it
+
+    def _say_still(self) -> None:
+        losses = [loss for loss in self.history["train_loss"] if loss is not None]
+        if losses and min(losses) > (1 - FALLEN) * losses[0]:
+            log.warning(
+                "The training loss has hardly moved in %d epochs (%.4g, now %.4g): try a tenth of the learning rate "
+                "(--lr), and see with `medssl check-data` whether images and label maps are the right ones.",
+                STILL, losses[0], losses[-1],
+            )  # fmt: skip
 
     def _has_enough(self) -> bool:
         patience, kept = self.training.job.settings.patience, self.kept
@@ -197,12 +210,12 @@ class SegmentWatch:
 
     def _keep(self, epoch: int, found: Mapping[str, Any]) -> None:
         """``best.safetensors``, ``model.json`` and ``val_overlays/`` of this epoch."""
-        out = self.folder.path
-        write_model(out, self.training.objective.weights(), plain(without_home(self._card(epoch, found))))
+        out, card = self.folder.path, self._card(epoch, found)
+        write_model(out, self.training.objective.weights(), plain(without_home(card)))
         stage = temporary_folder(out, OVERLAYS)
         try:
             with self._averaged() as network, say_disk_errors(out / OVERLAYS):
-                self.training.job.overlays(network, stage)
+                self.training.job.overlays(network, stage, card["threshold"])
                 shutil.rmtree(out / OVERLAYS, ignore_errors=True)
                 os.replace(stage, out / OVERLAYS)
         finally:
@@ -226,6 +239,7 @@ class SegmentWatch:
             "step": self.training.trainer.steps_done,
             SCORE: found.get(SCORE),
             "val": {name: found.get(name) for name in VAL_FIGURES},
+            "distance_unit": job.distance_unit,
             "weights": "raw" if objective.averaged is objective.network else "ema",
             **digests,
             "data": job.data_facts,
@@ -258,8 +272,13 @@ class SegmentWatch:
     def _draw(self, epoch: int) -> None:
         job = self.training.job
         title = f"{job.recipe}, epoch {epoch} of {job.settings.epochs}"
-        best = None if self.kept is None else self.kept.epoch
-        draw_training(self.history.to_json(), self.folder.path / "progress.png", title, best=best)
+        draw_segment_progress(
+            self.history.to_json(),
+            self.folder.path / "progress.png",
+            title,
+            chosen=None if self.kept is None else self.kept.epoch,
+            distance_unit=job.distance_unit,
+        )
         self._drawn_at = time.monotonic()
 
 

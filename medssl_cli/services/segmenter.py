@@ -108,7 +108,7 @@ def network_facts(network: nn.Module) -> dict[str, Any]:
         family = "vit" if isinstance(backbone, VisionTransformer) else "convnext"
         return {"name": VIT_DECODER, "family": family, "arch": backbone.settings, "decoder": network.settings()}
     if isinstance(network, DualEncoderUNet):
-        return {"name": COCOSEG, "settings": network.config.model_dump(mode="json")}
+        return {"name": COCOSEG, "settings": network.settings()}
     raise ValueError(f"no card is known for a {type(network).__name__}")
 
 

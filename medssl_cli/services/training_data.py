@@ -349,8 +349,17 @@ def _in_place(config: DataConfig, cases: list[Case], unreadable: list[Failure]) 
     return [case for case in cases if case.case_id not in bad]
 
 
-def tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
+def tell_absent(
+    cases: list[Case],
+    names: tuple[str, ...],
+    effect: str = "Its tokens are masked there and are never a target.",
+) -> None:
     """One line for each sequence that some cases lack; a sequence that no case has is refused.
+
+    Args:
+        cases: All of them.
+        names: Sequences asked for.
+        effect: What a missing sequence means, for the reader.
 
     Raises:
         DataError: No case has it: its name is wrong.
@@ -366,13 +375,7 @@ def tell_absent(cases: list[Case], names: tuple[str, ...]) -> None:
         )
     for name, ids in absent.items():
         if ids:
-            log.warning(
-                "%s is absent in %d of %d cases: %s. Its tokens are masked there and are never a target.",
-                name,
-                len(ids),
-                len(cases),
-                say_some(ids),
-            )
+            log.warning("%s is absent in %d of %d cases: %s. %s", name, len(ids), len(cases), say_some(ids), effect)
 
 
 # --- leaks -----------------------------------------------------------------------------------------------------------

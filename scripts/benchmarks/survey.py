@@ -68,6 +68,7 @@ def plan(device: str, *, tiny: bool) -> list[Job]:
         Job("extract, bf16", ("extract", "--precision", "bf16", "--batch", "256")),
         Job("extract, fp32", ("extract", "--precision", "fp32", "--batch", "256")),
         Job("infer", ("infer",)),
+        *(Job(f"segment, {name}", ("segment", "--precision", name)) for name in ("fp32", "tf32", "bf16")),
     ]  # fmt: skip
 
 

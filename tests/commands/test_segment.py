@@ -204,3 +204,11 @@ def test_c17_sigterm_ends_with_75_and_the_same_command_goes_on(discs: Path, tmp_
     assert one["val_best_dice"] == two["val_best_dice"]
     files = [(tmp_path / name / "best.safetensors").read_bytes() for name in ("run", "straight")]
     assert files[0] == files[1]
+
+
+def test_a_dry_run_of_fewer_slices_than_a_batch_measures_what_there_is(
+    discs: Path, tmp_path: Path, medssl: Medssl
+) -> None:
+    answer = medssl(*words(discs, tmp_path / "run", "fusion=2way", "bs=64", "--dry-run"))
+    assert answer.exit_code == 0, answer.stderr
+    assert list(tmp_path.iterdir()) == []

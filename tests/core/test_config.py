@@ -57,6 +57,21 @@ def test_json_is_accepted_and_the_dump_reads_back(tmp_path: Path) -> None:
     assert load(tmp_path / "b.yaml") == config
 
 
+def test_a_file_may_hold_a_remark_and_other_places_for_it_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"_comment": "mine", "name": "file"}')
+    assert load(path).name == "file"
+    path.write_text('{"备注": "mine", "Remark": "mine", "name": "file"}', encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert caught.value.where.splitlines() == [
+        "备注: unknown key; a remark stands under _comment",
+        "Remark: unknown key; a remark stands under _comment",
+    ]
+    with pytest.raises(ConfigError, match=r"optim\._comment: unknown key"):
+        load(None, "optim._comment=x")
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="no recipe 'prostate_vitb1'"):
         load("prostate_vitb1")

@@ -13,10 +13,11 @@ from PIL import Image
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.data.ct_pet import (
     Triple,
+    compiled,
     find_pairs,
+    find_patient,
     pair_folders,
     parts_digest,
-    patient_of,
     read_all_labelled,
     read_ct_pet,
     read_labelled,
@@ -239,7 +240,7 @@ def test_pairs_of_two_folders_need_no_patients(tmp_path: Path) -> None:
 def test_patient_stands_before_the_last_marker_or_in_the_first_group(
     name: str, regex: str | None, patient: str
 ) -> None:
-    assert patient_of(name, regex) == patient
+    assert find_patient(name, compiled(regex)) == patient
 
 
 def test_c06_names_without_marker_are_an_error_that_lists_them(tmp_path: Path) -> None:

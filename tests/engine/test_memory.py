@@ -18,7 +18,7 @@ from torch import Tensor
 from medssl_cli.core.errors import ResourceError
 from medssl_cli.core.protocols import Batch
 from medssl_cli.engine import memory
-from medssl_cli.engine.memory import GIB, BatchAdvice, MemoryReport
+from medssl_cli.engine.memory import GIB, BatchAdvice, KeyNames, MemoryReport
 
 CPU = torch.device("cpu")
 
@@ -204,7 +204,8 @@ def test_the_advice_keeps_the_samples_of_an_update(monkeypatch: pytest.MonkeyPat
     advice = memory.advise(probe, CPU, batch=32, accumulation=2, limit_bytes=limit)
     assert advice is not None
     assert (advice.batch, advice.accumulation) == (8, 8)  # the divisors of 64 are powers of two
-    assert str(advice) == "train.batch_size_per_gpu=8 train.grad_accumulation=8"
+    assert advice.said(KeyNames()) == "train.batch_size_per_gpu=8 train.grad_accumulation=8"
+    assert advice.said(KeyNames(batch="bs", accumulation=None)) == "bs=8"
     assert advice.report.fits
     assert advice.report.peak_gib == pytest.approx((small + 32 * MIB * 7) / GIB, abs=0.03)
     state = 32 * MIB * 6  # what an optimizer will add leaves room for fewer
@@ -242,6 +243,9 @@ def test_the_message_names_peak_limit_and_what_to_set(monkeypatch: pytest.Monkey
         "train.batch_size_per_gpu=4 train.grad_accumulation=4 would take peak 6.50 GiB of 12.00 GiB; "
     )
     assert "student.grad_checkpointing=true" in error.fix
+    keys = KeyNames(batch="bs", accumulation=None, less_memory="precision=bf16 needs less")
+    told = memory.out_of_memory_error(MemoryError("enough"), CPU, step=1, batch=8, keys=keys)
+    assert told.fix == "halve bs; precision=bf16 needs less"
 
 
 def test_a_probe_that_breaks_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError
+from medssl_cli.models import vgg
 from medssl_cli.models.foreign import vgg19_shapes
-from medssl_cli.models.vgg import VGGEncoder, load_vgg
+from medssl_cli.models.vgg import IMAGENET_DIGEST, VGGEncoder, VGGOrigin, load_vgg
 from medssl_cli.services.convert_weights import WeightsRequest, convert_weights
 
 Weights = dict[str, Tensor]
@@ -99,12 +100,26 @@ def test_a_converted_file_gives_the_weights_of_the_torch_file(
 ) -> None:
     own = tmp_path / "vgg19.safetensors"
     convert_weights(WeightsRequest(file=torch_file, out=own, source="vgg19"))
-    assert load_vgg(pair, torch_file) == file_digest(torch_file)
+    assert load_vgg(pair, torch_file) == VGGOrigin(file_digest(torch_file), is_imagenet=False)
     first = {name: tensor.clone() for name, tensor in pair.state_dict().items()}
-    assert load_vgg(pair, own) == file_digest(own)
+    assert load_vgg(pair, own) == VGGOrigin(file_digest(own), is_imagenet=False)
     assert all(torch.equal(first[name], tensor) for name, tensor in pair.state_dict().items())
     assert torch.equal(first["0.conv3_4.weight"], first["1.conv3_4.weight"])
     assert not any(p.requires_grad for p in pair.parameters())
+
+
+def test_only_the_published_file_and_what_is_made_of_it_count_as_imagenet(
+    pair: nn.ModuleList, torch_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert IMAGENET_DIGEST == "dcbb9e9d"  # of torchvision.models.VGG19_Weights.IMAGENET1K_V1: vgg19-dcbb9e9d.pth
+    own, bare = tmp_path / "vgg19.safetensors", tmp_path / "bare.safetensors"
+    convert_weights(WeightsRequest(file=torch_file, out=own, source="vgg19"))
+    bare.write_bytes(own.read_bytes())
+    assert not load_vgg(pair, torch_file).is_imagenet
+    monkeypatch.setattr(vgg, "IMAGENET_DIGEST", file_digest(torch_file)[:8])
+    assert load_vgg(pair, torch_file).is_imagenet
+    assert load_vgg(pair, own).is_imagenet  # its card tells where it is from
+    assert not load_vgg(pair, bare).is_imagenet  # without a card nobody knows
 
 
 def test_a_file_that_its_card_does_not_describe_is_refused(

@@ -19,6 +19,7 @@ from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import seed_for
 from medssl_cli.data.labelled_slices import LabelledSample
+from medssl_cli.engine.memory import KeyNames
 from medssl_cli.engine.optim import parameter_groups
 from medssl_cli.objectives.segmentation import SegmentationLoss, SegmentationLossConfig
 from medssl_cli.services.run_folder import HeldLog, RunFolder
@@ -99,7 +100,7 @@ def looked(network: nn.Module) -> Mapping[str, Any]:
     return {"val_loss": mean, "val_dice": mean, "val_best_dice": mean, "val_best_threshold": 0.4, "score": mean}
 
 
-def draw_nothing(network: nn.Module, folder: Path) -> None:
+def draw_nothing(network: nn.Module, folder: Path, threshold: float | None) -> None:
     """One picture."""
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "s0.png")
 
@@ -127,6 +128,8 @@ def tiny_job(config: TinyConfig | None = None, *, width: int = 4, views: Any = N
         "overlays": draw_nothing,
         "card": {"network": {"name": "tiny"}, "sequences": ["CT", "PET"], "mean": 0.5, "std": 0.5, "tile": 0},
         "data_facts": facts,
+        "keys": KeyNames(batch="batch", accumulation=None, workers="workers", not_finite="--lr"),
+        "distance_unit": "px",
         "seen": [("train", "s0", "p0"), ("val", "s1", "p1")],
         "safe_keys": frozenset({"workers"}),
         "growing_keys": frozenset({"epochs"}),

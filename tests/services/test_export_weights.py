@@ -462,6 +462,7 @@ def test_options_that_contradict_each_other_are_refused(
         (several, "timm", {}, "embedding of their own"),
         (lambda: several(img_wise_pos_embed=False), "dinov2", {"sequence": "ax_adc"}, "one tall image"),
         (several, "timm", {"sequence": "ax_dwi"}, "ax_t2wi, ax_adc"),
+        (lambda: vit(sequences=("ax_t2wi",)), "timm", {"sequence": "ax_t2wi"}, "all sequences are seen alike"),
         (lambda: vit(ffn_layer="identity"), "dinov2", {}, "no feed-forward layer"),
         (lambda: vit(pos_embed_type="none"), "nnunet", {}, "it has no positions"),
         (lambda: vit(**ROPE), "dinov2", {"image_size": 64}, "rotary positions have no size"),

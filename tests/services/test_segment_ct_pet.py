@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,15 @@ from segment_parts import write_discs
 from sklearn.metrics import f1_score, jaccard_score
 from torch import Tensor, nn
 
+from medssl_cli.core.digest import file_digest
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, ResourceError
 from medssl_cli.data.ct_pet import read_ct_pet, read_pair
 from medssl_cli.data.labelled_slices import CtPetSource, build_labelled_loader, ordered_batches
+from medssl_cli.models import vgg
 from medssl_cli.models.foreign import vgg19_shapes
 from medssl_cli.objectives.segmentation import SegmentationLoss, SegmentationLossConfig
+from medssl_cli.report.labels import label_colour
+from medssl_cli.report.mask_overlay import REFERENCE
 from medssl_cli.services.segment import segment
 from medssl_cli.services.segment_ct_pet import build_ct_pet_job
 from medssl_cli.services.segment_ct_pet_config import CtPetConfig, load_ct_pet_config, settle_ct_pet
@@ -122,6 +126,10 @@ def test_c19_a_flag_beats_the_file_and_an_override_beats_both(tmp_path: Path) ->
     config = load_ct_pet_config(asked(None, config=str(path), epochs=3, batch_size=2, seed=7, workers=0))
     assert (config.epoch, config.bs, config.random_seed, config.num_workers) == (3, 2, 7, 0)
     assert (config.dice_weight, config.val_freq, config.dataset_root) == (0.6, 2, "./dataset_split")
+    weights = {"dice_weight": 0.7, "ce_weight": 0.3, "pos_weight": 5.0, "val_freq": 3, "save_freq": 50}
+    config = load_ct_pet_config(asked(None, config=str(path), **weights))
+    assert {key: getattr(config, key) for key in weights} == weights
+    assert config.loss_line() == "loss: combined: dice_weight 0.7, ce_weight 0.3, pos_weight 5; of each sample"
 
 
 def test_c19_unknown_keys_are_told_with_the_nearest_name_all_at_once(tmp_path: Path) -> None:
@@ -131,7 +139,7 @@ def test_c19_unknown_keys_are_told_with_the_nearest_name_all_at_once(tmp_path: P
         load_ct_pet_config(asked(None, "save_frequency=1", config=str(path)))
     assert caught.value.exit_code == 2
     assert "dice_wight: unknown key; did you mean dice_weight?" in caught.value.where
-    assert "remark: unknown key" in caught.value.where
+    assert "remark: unknown key; a remark stands under _comment" in caught.value.where
     assert "did you mean save_freq?" in caught.value.where
 
 
@@ -146,11 +154,11 @@ def test_data_and_run_folder_of_a_file_serve_where_no_option_names_them(tmp_path
         settle_ct_pet(asked(None))
 
 
-def test_alpha_and_beta_are_other_names_and_the_meaning_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_alpha_and_beta_are_other_names_and_the_meaning_is_told() -> None:
     config = load_ct_pet_config(asked(None, "alpha=0.6", "beta=0.4", loss_type="tversky"))
     assert (config.fn_weight, config.fp_weight) == (0.6, 0.4)
-    assert "fn_weight (alpha) 0.6 on missed pixels, fp_weight (beta) 0.4 on wrongly marked ones" in caplog.text
+    told = "fn_weight (alpha) 0.6 on missed pixels, fp_weight (beta) 0.4 on wrongly marked ones"
+    assert config.loss_line() == f"loss: tversky: {told}; of each sample"
 
 
 def test_one_key_under_two_names_is_refused(tmp_path: Path) -> None:
@@ -208,13 +216,33 @@ def test_vgg_weights_stand_in_the_card(presplit: Path, vgg_file: Path, job: Segm
     assert two.card["vgg_weights"] == "none"
     assert two.parameter_counts()["frozen"] == 0
     loaded = build(presplit, vgg_weights=str(vgg_file))
-    assert loaded.card["vgg_weights"] == "imagenet"
+    assert loaded.card["vgg_weights"] == "unverified"
     assert len(loaded.card["vgg_sha256"]) == 64
+    assert any("unverified" in note and loaded.card["vgg_sha256"][:12] in note for note in loaded.notes)
     assert loaded.digests == {"vgg_weights": loaded.card["vgg_sha256"]}
     own = loaded.network.get_parameter("vgg_ct.conv2_1.weight")
     assert torch.equal(own, torch.load(vgg_file, weights_only=True)["features.5.weight"])
     with pytest.raises(CheckpointError):
         build(presplit, vgg_weights=str(presplit / "train" / "CT" / "patient_001_slice_00.png"))
+
+
+def test_the_published_vgg_weights_are_called_imagenet(
+    presplit: Path, vgg_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vgg, "IMAGENET_DIGEST", file_digest(vgg_file)[:8])
+    job = build(presplit, vgg_weights=str(vgg_file))
+    assert job.card["vgg_weights"] == "imagenet"
+    assert job.card["vgg_sha256"] == file_digest(vgg_file)
+    assert not job.notes
+    assert any(line.startswith("VGG weights: imagenet") for line in job.introduction)
+
+
+def test_advice_names_the_keys_of_this_command(job: SegmentJob) -> None:
+    assert (job.keys.batch, job.keys.accumulation, job.keys.workers) == ("bs", None, "num_workers")
+    settings = [*re.findall(r"(\w+)=(\w+)", f"{job.keys.less_memory} {job.keys.not_finite}")]
+    assert len(settings) == 4
+    for key, value in settings:
+        load_ct_pet_config(asked(None, f"{key}={value}"))
 
 
 def test_c07_parameters_are_those_of_the_table_and_are_told(job: SegmentJob) -> None:
@@ -244,6 +272,7 @@ def test_counts_are_told_by_part(job: SegmentJob) -> None:
         "test": {"n_slices": 4, "n_patients": 1},
     }
     assert "train: 8 slices of 2 patients, 8 with lesion" in job.introduction
+    assert "12 of 12 slices stay decoded in memory" in job.introduction
     assert job.seen[0] == ("train", "patient_001_slice_00.png", "patient_001")
     assert {part for part, _, _ in job.seen} == {"train", "val"}
 
@@ -487,8 +516,21 @@ def test_overlays_show_reference_and_prediction(presplit: Path, tmp_path: Path) 
     Overlays(source, 0.5, 0.5)(PetAsLogit(), tmp_path)
     pictures = sorted(tmp_path.iterdir())
     assert [path.name for path in pictures] == [source.case_id(index) for index in range(4)]
-    colours = {tuple(colour) for colour in np.asarray(Image.open(pictures[0])).reshape(-1, 3).tolist()}
-    assert {(240, 220, 0), (230, 40, 40)} <= colours  # where both outlines lie, and where the prediction's alone does
+    picture = np.asarray(Image.open(pictures[0]))
+    assert picture.shape == (26 + 256, 4 * 256 + 3 * 4, 3)  # captions; CT, CT with masks, PET, PET with masks
+    colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+    assert {REFERENCE, label_colour(0)} <= colours
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    Overlays(source, 0.5, 0.5)(PetAsLogit(), lower, 0.2)
+    filled = [_filled(np.asarray(Image.open(folder / pictures[0].name))) for folder in (tmp_path, lower)]
+    assert filled[1] > filled[0] > 0  # more pixels count from a lower threshold on
+
+
+def _filled(picture: np.ndarray) -> int:
+    """Pixels of the last panel that are not grey."""
+    panel = picture[26:, -256:].astype(int)
+    return int((panel.max(-1) != panel.min(-1)).sum())
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

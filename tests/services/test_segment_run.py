@@ -229,6 +229,15 @@ def test_a_score_that_is_not_defined_never_replaces_one_that_is(tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "model.json").read_text())["epoch"] == 2
 
 
+def test_a_loss_that_does_not_move_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for lr, told in ((1e-9, 1), (0.01, 0)):
+        caplog.clear()
+        train(tiny_job(TinyConfig(epochs=6, lr=lr), min_lr=0.0, val_freq=6), tmp_path / f"{lr}")
+        texts = [record.getMessage() for record in caplog.records if "hardly moved in 5 epochs" in record.getMessage()]
+        assert len(texts) == told
+        assert all("--lr" in text and "check-data" in text for text in texts)
+
+
 def test_validations_are_as_far_apart_as_val_freq_says_and_the_last_epoch_has_one(tmp_path: Path) -> None:
     train(tiny_job(val_freq=3), tmp_path / "run")
     assert history(tmp_path / "run")["val_epoch"] == [3, 4]
@@ -284,7 +293,7 @@ def test_another_architecture_is_refused(straight: Path, tmp_path: Path) -> None
     assert "shape of network.first.weight" in caught.value.where
 
 
-def test_c17_a_missing_checkpoint_is_never_a_fresh_start(straight: Path, tmp_path: Path) -> None:
+def test_c17_w42_a_missing_checkpoint_is_never_a_fresh_start(straight: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         train(tiny_job(), tmp_path / "run", resume_ckpt=tmp_path / "none")
     assert caught.value.exit_code == 7

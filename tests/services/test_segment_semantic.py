@@ -24,6 +24,8 @@ from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
 from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.data.labelled_slices import collate_labelled
 from medssl_cli.objectives.segmentation import SegmentationLoss, SegmentationLossConfig
+from medssl_cli.report.labels import label_colour
+from medssl_cli.report.mask_overlay import REFERENCE
 from medssl_cli.services.segment import segment
 from medssl_cli.services.segment_job import SegmentJob
 from medssl_cli.services.segment_request import SegmentRequest
@@ -429,7 +431,7 @@ def test_pictures_with_patients_in_their_names(
     figures = job.validate(objective.averaged.eval())
     assert figures["val_loss"] > 0
     assert len(figures["threshold_results"]) == 9
-    job.overlays(objective.averaged, tmp_path)
+    job.overlays(objective.averaged, tmp_path, 0.5)
     assert len(list(tmp_path.glob("*.png"))) == len(_seen(job, "val"))
 
 
@@ -700,13 +702,15 @@ def test_validation_leaves_the_network_as_it_was(job_of: Callable[..., SegmentJo
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.network.state_dict().items())
 
 
-def test_overlays_draw_reference_green_and_prediction_red(job_of: Callable[..., SegmentJob], tmp_path: Path) -> None:
+def test_overlays_draw_reference_as_a_line_and_prediction_as_an_area(
+    job_of: Callable[..., SegmentJob], tmp_path: Path
+) -> None:
     job = job_of()
     data, segmenter = (job.validate.keywords[name] for name in ("data", "segmenter"))  # type: ignore[attr-defined]
     draw_overlays(_Bright().eval(), segmenter, data.validation(), tmp_path, InferSegmentConfig())
     (path,) = tmp_path.glob("*.png")
     picture = np.asarray(Image.open(path)).astype(int)
-    for colour in ((0, 220, 0), (230, 0, 0)):
+    for colour in (REFERENCE, label_colour(0)):
         assert (picture == colour).all(-1).any()
     assert picture.shape[1] > 3 * picture.shape[0]  # three sequences and the overlay, side by side
 
