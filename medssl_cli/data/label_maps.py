@@ -202,17 +202,16 @@ def spec_of_values(
         DataError: No structure, too many, or a value beyond the names. Masks of 0 and 255 fit one name.
     """
     values = sorted({int(value) for value in found} - {0})
-    if label and not names and len(values) == 1:
-        names = (label,)
+    single = names or ((label,) if label else ("class_1",))
     if any("=" in name for name in names):
         spec = _spec_of_entries(_numbered(names))
     elif values == [255] and len(names) < 2:
-        log.info("label maps hold 0 and 255: 255 is %s", names[0] if names else "class_1")
-        spec = _one_class(255, names)
+        log.info("label maps hold 0 and 255: 255 is %s", single[0])
+        spec = _named(single, {255: 1})
     elif names:
         spec = _named(names, {index: index for index in range(1, len(names) + 1)})
     elif len(values) == 1:
-        spec = _one_class(values[0], names)
+        spec = _named(single, {values[0]: 1})
     else:
         if not 0 < len(values) <= max_classes:
             raise _no_classes(values, max_classes, where)
@@ -223,10 +222,6 @@ def spec_of_values(
     if unknown:
         raise spec.unknown_values(unknown, "some pixels", where)
     return spec
-
-
-def _one_class(value: int, names: Sequence[str]) -> LabelSpec:
-    return _named(names or ("class_1",), {value: 1})
 
 
 def _named(names: Sequence[str], values: Mapping[int, int], ignored: tuple[int, ...] = ()) -> LabelSpec:

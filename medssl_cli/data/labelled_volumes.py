@@ -27,7 +27,7 @@ from medssl_cli.core.protocols import IGNORE_LABEL
 from medssl_cli.core.run import hide_home, seed_for
 from medssl_cli.core.volume import AXIAL
 from medssl_cli.core.wording import counted
-from medssl_cli.data.datasets import HuWindow, exposed_rois, plan_window
+from medssl_cli.data.datasets import HuWindow, plan_window
 from medssl_cli.data.images import check_finite, read_image
 from medssl_cli.data.label_maps import LabelSpec, picture_size, read_label_picture, size_difference
 from medssl_cli.data.labelled_slices import LabelledSample
@@ -203,7 +203,6 @@ class SliceLabels:
         training: Random tiles; else slice after slice of case after case, without tile or draw.
         foreground_share: How often a training slice is one with a structure, in a tile around one of its pixels.
         slices_per_case: Training tiles of a case in an epoch.
-        percentage: Share of the cases to train on, at least one; a larger share keeps the cases of a smaller one.
         windows_hu: CT: windows that become the channels of volumes of one sequence.
         colours: Channels that a slice of one channel is repeated to; 0 or 1 leaves it.
 
@@ -224,7 +223,6 @@ class SliceLabels:
         training: bool = True,
         foreground_share: float = 0.5,
         slices_per_case: int = 8,
-        percentage: float = 1.0,
         windows_hu: Sequence[HuWindow] | None = None,
         colours: int = 0,
     ) -> None:
@@ -239,11 +237,10 @@ class SliceLabels:
         self.windows_hu = tuple(windows_hu or ())
         self.colours = colours
         self.channels = len(self.windows_hu) or (colours if colours > 1 else len(store.sequences))
-        self.cases = _some_cases(store, percentage, seed)
-        self._depths = np.cumsum([store.facts(case).shape[AXIAL] for case in self.cases])
+        self._depths = np.cumsum([store.facts(case).shape[AXIAL] for case in range(len(store))])
 
     def __len__(self) -> int:
-        return len(self.cases) * self.slices_per_case if self.training else int(self._depths[-1])
+        return len(self.store) * self.slices_per_case if self.training else int(self._depths[-1])
 
     def case_id(self, index: int) -> str:
         """Id of the case that an index belongs to."""
@@ -252,9 +249,9 @@ class SliceLabels:
     def place(self, index: int) -> tuple[int, int]:
         """(case of the store, slice) of an index; the slice is -1 in training, where it is drawn."""
         if self.training:
-            return self.cases[index % len(self.cases)], -1
-        number = int(np.searchsorted(self._depths, index, side="right"))
-        return self.cases[number], index - (int(self._depths[number - 1]) if number else 0)
+            return index % len(self.store), -1
+        case = int(np.searchsorted(self._depths, index, side="right"))
+        return case, index - (int(self._depths[case - 1]) if case else 0)
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
         """The sample at (position in the stream, index).
@@ -344,13 +341,6 @@ def check_label_values(store: Store, spec: LabelSpec) -> None:
             fix="correct the files, or name what their values mean, e.g. --classes lesion=1+2,ignore=255",
             code="label_values",
         )
-
-
-def _some_cases(store: Store, share: float, seed: int) -> list[int]:
-    """Positions of ``share`` of the cases, at least one, in their order."""
-    if share >= 1:
-        return list(range(len(store)))
-    return sorted(exposed_rois(store, max(share, 1 / len(store)), seed))
 
 
 def _several_sequences(sequences: tuple[str, ...]) -> ConfigError:

@@ -87,7 +87,7 @@ def measured(planes: Iterable[np.ndarray], unit: str, windows: Sequence[Window])
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
             is_whole = is_whole and bool(np.all(finite == np.rint(finite)))
-            samples.append(finite[:: max(1, finite.size // _SAMPLED)])
+            samples.append(finite[:: max(1, finite.size // _SAMPLED)].copy())  # a view would keep the whole slice
     low, high = (low, high) if low <= high else (0.0, 0.0)
     span = high - low
     step = 1.0 if is_whole and span <= _LAST else span / _FINE

@@ -46,7 +46,7 @@ def masks_page(
     for note in facts.get("notes") or ():
         page.note(str(note), "info")
     add_headline(page, {**facts, "metrics": _shortened(facts)})
-    page.text(f"Boundary distances: {facts['boundary_definition']}.")
+    page.text(f"Boundary distances, in {_UNITS[facts['distance_unit']]}: {facts['boundary_definition']}.")
     page.text(str(facts["empty_rules"]))
     _add_spreads(page, facts)
     add_classes(page, facts)

@@ -921,6 +921,11 @@ class Gallery:
             page.table(
                 ("Severity", "Case", "What", "File", "How to mend it"), [_row(g, anchors) for g in _alike(serious)]
             )
+        if r.get("classes"):
+            page.heading("Classes")
+            keys = ("name", "values", "n_cases", "n_voxels")
+            rows = [tuple(entry[key] for key in keys) for entry in r["classes"]]
+            page.table(("Class", "Value", "Cases", "Voxels"), rows, right=range(1, 4))
         page.heading("Cases")
         page.text(self._caption)
         if self._left_out:

@@ -153,17 +153,24 @@ def _finished_before(watch: SegmentWatch, started: float) -> Result:
 
 def _finished(watch: SegmentWatch, facts: dict[str, Any], request: SegmentRequest, started: float) -> Result:
     out, epoch = watch.folder.path, watch.training.epoch
-    data = shlex.quote(str(request.data)) if request.data else "ROOT"
     speed = f", {facts['images_per_s']:.1f} images/s" if facts.get("images_per_s") else ""
     early = ", ended early: nothing better came" if watch.stopped_early else ""
     lines = [
         f"{counted(epoch, 'epoch')} in {timedelta(seconds=round(time.time() - started))}{speed}{early}",
         *_best_lines(watch),
         f"curves:   {out / 'progress.png'}",
-        f"next:     medssl eval --model {shlex.quote(str(out))} --data {data} --split test --out eval",
+        f"next:     medssl eval --model {shlex.quote(str(out))} {_unseen(watch.training.job, request)} --out eval",
     ]
     header = {**result_header(COMMAND, started), "run": hide_home(str(out)), "epochs": epoch}
     return Result(lines, plain({**header, **facts}), _left_out(watch))
+
+
+def _unseen(job: SegmentJob, request: SegmentRequest) -> str:
+    """Which data the model is to be judged on: the test part, or others where there is none."""
+    if "test" not in job.data_facts.get("counts", {"test": {}}) or request.data is None:
+        return "--data OTHER_PATIENTS --split all"
+    splits = f" --splits {shlex.quote(str(request.splits))}" if request.splits else ""
+    return f"--data {shlex.quote(str(request.data))}{splits} --split test"
 
 
 def _best_lines(watch: SegmentWatch) -> list[str]:

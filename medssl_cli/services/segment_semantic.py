@@ -281,6 +281,7 @@ def training_source(data: SemanticData, config: SemanticConfig, tile: int) -> La
             tile=tile,
             seed=config.train.seed,
             foreground_share=config.data.foreground_share,
+            tiles_per_picture=config.data.slices_per_case,
             colours=data.channels,
         )
     assert data.train_store is not None

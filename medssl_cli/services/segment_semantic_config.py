@@ -18,7 +18,7 @@ from medssl_cli.objectives.segmentation import SegmentationLossConfig
 
 Kind = Literal["volumes", "images"]
 _SIDED = re.compile(r"(?<![a-z])(left|right|l|r|lt|rt)(?![a-z])")
-_OF_VOLUMES = ("mri_sequences", "pixel_mm", "context", "slices_per_case", "template")
+_OF_VOLUMES = ("mri_sequences", "pixel_mm", "context", "template")
 _OF_TRAINED_BACKBONE = ("backbone_lr_scale", "layerwise_decay", "freeze_epochs", "drop_path", "grad_checkpointing")
 
 
@@ -58,7 +58,7 @@ class LabelledDataConfig(Config):
     context: Literal[0, 1, 2] = 0
     """Neighbouring slices on each side that the network sees too: 0 is 2-D, 1 is 2.5-D with three slices."""
     slices_per_case: PositiveInt = 4
-    """Windows that are drawn from each volume in an epoch."""
+    """Windows that are drawn from each volume, or picture, in an epoch."""
     foreground_share: float = Field(default=0.5, ge=0, le=1)
     """Probability that a window is drawn about a pixel of a structure, rather than anywhere."""
     percentage_labels: float = Field(default=1.0, gt=0, le=1)

@@ -14,7 +14,6 @@ from medssl_cli.data.ct_pet import CtPetData, Triple, pair_folders, read_ct_pet
 from medssl_cli.data.split import SPLITS, Item
 
 Files = Literal["none", "link", "copy"]
-LAYOUT = "ct-pet"
 HEADER = ("patient_id", "name")
 _FOLDERS = {"CT": "CT", "PET": "PET", "mask": "masks"}
 

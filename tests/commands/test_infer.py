@@ -68,7 +68,7 @@ def test_json_is_one_document(medssl: Medssl, run: Path, prostate_tree: Path, tm
     assert told["command"] == "infer"
     assert [entry["case_id"] for entry in told["cases"]] == [case.name for case in cases]
     assert told["cases"][1]["missing_sequences"] == ["ax_adc"]
-    assert "ax_adc missing; mask tokens stand in" in answer.stderr
+    assert "ax_adc missing; the model sees the others alone" in answer.stderr
     assert told == json.loads((tmp_path / "out/summary.json").read_text())
 
 

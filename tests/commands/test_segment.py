@@ -60,7 +60,7 @@ def program(line: list[object]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_leaves_the_files_of_the_contract(run: tuple[Path, str]) -> None:
+def test_a_run_leaves_the_files_of_the_contract(run: tuple[Path, str], discs: Path) -> None:
     out, printed = run
     for name in (
         "best.safetensors",
@@ -76,7 +76,7 @@ def test_a_run_leaves_the_files_of_the_contract(run: tuple[Path, str]) -> None:
         assert any((out / name).iterdir()), name
     assert (out / "checkpoints" / "epoch_0002.safetensors").is_file()
     assert "best:     epoch" in printed
-    assert f"next:     medssl eval --model {out}" in printed
+    assert f"next:     medssl eval --model {out} --data {discs} --split test --out eval" in printed
     log = (out / "log.txt").read_text()
     for line in ("train: 6 slices of 1 patient, 6 with lesion", "test:  2 slices of 1 patient, never opened"):
         assert line in log

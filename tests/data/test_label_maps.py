@@ -135,10 +135,19 @@ def test_classes_are_discovered_from_values(caplog: pytest.LogCaptureFixture) ->
     assert caplog.messages == ["label maps hold 0 and 255: 255 is vessel"]
 
 
+def test_a_single_structure_is_called_as_its_file() -> None:
+    assert spec_of_values([0, 3], label="roi_Prostate") == LabelSpec(("background", "roi_Prostate"), {0: 0, 3: 1})
+    assert spec_of_values([0, 1, 2], label="zones").classes == ("background", "class_1", "class_2")
+    assert spec_of_values([0, 1], ("gland",), label="roi_Prostate").classes == ("background", "gland")
+
+
 def test_values_can_be_joined_and_ignored_by_name() -> None:
     spec = spec_of_values([0, 2, 3, 255], ("lesion=2+3", "ignore=255"))
     assert spec.classes_of(np.array([[0, 2, 3, 255]])).tolist() == [[0, 1, 1, 255]]
     assert spec.classes == ("background", "lesion")
+    spec = spec_of_values([0, 2, 254, 255], ("gland", "ignore=254+255", "lesion"))
+    assert spec.classes == ("background", "gland", "lesion")
+    assert spec.classes_of(np.array([[0, 1, 2, 254, 255]])).tolist() == [[0, 1, 2, 255, 255]]
 
 
 @pytest.mark.parametrize(

@@ -274,16 +274,6 @@ def test_loader_processes_give_the_same_stream(store: Store) -> None:
         assert torch.equal(here.label_map_BHW, there.label_map_BHW)
 
 
-def test_a_share_of_the_cases_is_kept_when_it_grows(tmp_path: Path) -> None:
-    label = np.zeros((2, 8, 8), np.uint8)
-    image = np.arange(128, dtype=np.int16).reshape(2, 8, 8)
-    cases = [case_of(tmp_path, f"c{n}", label, (1, 1, 1), t2=image) for n in range(8)]
-    built = build_store(cases, ("t2",), PreprocessConfig(), tmp_path / "cache", kind="labels")
-    kept = [set(SliceLabels(built, ONE, tile=8, percentage=share).cases) for share in (0.01, 0.25, 0.5, 1.0)]
-    assert [len(cases) for cases in kept] == [1, 2, 4, 8]
-    assert kept[0] < kept[1] < kept[2] < kept[3]
-
-
 def test_slices_with_structures_are_known_without_reading(store: Store) -> None:
     assert foreground_slices(store.slice_facts(0, AXIAL)).tolist() == [1, 2, 3]
     assert foreground_slices(store.slice_facts(1, AXIAL)).tolist() == []

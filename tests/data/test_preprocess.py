@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -505,3 +506,20 @@ def test_a_file_of_four_axes_is_read_once_for_all_its_sequences(
     prepared = prepare_case(Case("x", "x", sequences), ("a", "b"), PreprocessConfig())
     assert len(read) == 1
     np.testing.assert_array_equal(prepared.images_SZYX[1], prepared.images_SZYX[0] + 5)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_reading_takes_little_more_than_two_volumes(tmp_path: Path, dtype: type) -> None:
+    voxels = (np.arange(64 * 320 * 320) % 1500 - 500).reshape(64, 320, 320).astype(dtype)
+    path = tmp_path / "ct.nii"
+    write_volume(path, Volume(voxels, np.diag([-0.8, -0.8, 1.5, 1.0])))
+    case = Case("a", "a", sequences={"ct": Sequence("ct", path)})
+    tracemalloc.start()
+    try:
+        prepared = prepare_case(case, ("ct",), PreprocessConfig())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(prepared.images_SZYX[0], voxels[:, ::-1, ::-1])  # RAS, in the smallest type
+    assert prepared.images_SZYX.dtype == np.int16
+    assert peak < 2.15 * voxels.nbytes + 6e6  # the file with its voxels, or these and the turned ones; samples of grids

@@ -1,6 +1,9 @@
+"""Grey values inside a page: exact levels, windows, and slices small enough for it."""
+
 from __future__ import annotations
 
 import base64
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -93,3 +96,14 @@ def test_many_noisy_slices_become_smaller_and_then_none() -> None:
     sides = [fitting_side(lambda z: noise, range(n), greys) for n in (4, 64, 400)]
     assert sides == [384, 192, None]
     assert 64 * len(packed(reduced(noise[0], 192).astype(np.uint16))) < BUDGET
+
+
+def test_measuring_keeps_no_slice() -> None:
+    planes = (np.full((256, 256), number, np.int16) for number in range(40))
+    tracemalloc.start()
+    try:
+        measured(planes, "HU", ())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * 256 * 256 * 8  # some float64 slices at a time, not forty

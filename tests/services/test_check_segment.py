@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,15 @@ def test_a_sound_tree_has_no_finding(tree: Path, tmp_path: Path) -> None:
     assert [f for f in result.findings if f.severity != "info"] == []
     assert result.report["classes"] == [
         {"name": "background", "values": "0", "n_cases": 2, "n_voxels": 2 * (4 * 40 * 44 - 360)},
-        {"name": "class_1", "values": "1", "n_cases": 2, "n_voxels": 720},
+        {"name": "lesion", "values": "1", "n_cases": 2, "n_voxels": 720},
     ]
-    assert "class class_1 (value 1): in 2 of 2 cases, 720 voxels" in result.summary()
+    assert "class lesion (value 1): in 2 of 2 cases, 720 voxels" in result.summary()
     saved = json.loads((tmp_path / "out" / "check_data.json").read_text(encoding="utf-8"))
     assert (saved["task"], saved["n_ok"]) == ("segment", 2)
     page = (tmp_path / "out" / "check_data.html").read_text(encoding="utf-8")
     assert "The line is the label map." in page
+    text = re.sub(r"<[^>]*>", " ", page)
+    assert re.search(r"Class\s+Value\s+Cases\s+Voxels\s+background\s+0\s+2\s+13360\s+lesion\s+1\s+2\s+720\s", text)
 
 
 def test_every_fault_of_a_label_map_is_found(tree: Path) -> None:

@@ -249,6 +249,37 @@ def test_files_are_matched_by_name_in_all_layouts(tmp_path: Path) -> None:
     assert find_pairs(flat, tmp_path / "odd", label="adc").pairs[0].name == "a/adc.nii.gz"
 
 
+def test_a_label_names_references_and_predictions_only_where_they_have_it(tmp_path: Path) -> None:
+    tree = touch(tmp_path / "tree", "a/zones.nii.gz", "a/t2.nii.gz", "b/zones.nii.gz", "c/other.nii.gz")
+    inferred = touch(tmp_path / "infer", "a/a_segmentation.nii.gz", "b/zones.nii.gz", "b/b_segmentation.nii.gz")
+    found = find_pairs(inferred, tree, label="zones")
+    assert [(p.case_id, p.name) for p in found.pairs] == [("a", "a/zones.nii.gz"), ("b", "b/zones.nii.gz")]
+    assert [p.prediction.name for p in found.pairs] == ["a_segmentation.nii.gz", "zones.nii.gz"]
+    assert found.missing == found.extra == ()  # c has no such label map
+
+
+def test_a_list_names_the_cases_to_be_evaluated(tmp_path: Path) -> None:
+    tree = touch(tmp_path / "tree", *(f"{case}/lesion.nii.gz" for case in "abcd"))
+    inferred = touch(tmp_path / "infer", *(f"{case}/{case}_segmentation.nii.gz" for case in "abx"))
+
+    def listed(*ids: str) -> Path:
+        path = tmp_path / "test.csv"
+        path.write_text("\n".join(["patient_id", *ids]))
+        return path
+
+    found = find_pairs(inferred, tree, split_csv=listed("b", "c"))
+    assert [pair.case_id for pair in found.pairs] == ["b"]
+    assert [case for case, *_ in found.missing] == ["c"]
+    assert found.extra == ("x/x_segmentation.nii.gz",)  # that of a is another case's, not nobody's
+    with pytest.raises(DataError) as caught:
+        find_pairs(inferred, tree, split_csv=listed("b", "e"))
+    assert (caught.value.code, "e" in caught.value.where) == ("id_unknown", True)
+    eyes = touch(tmp_path / "eyes", "1_left_1stHO.png", "1_right_1stHO.png")
+    seen = touch(tmp_path / "seen", "1_left.png", "1_right.png")
+    chosen = find_pairs(seen, eyes, split_csv=listed("images/1_left.jpg")).pairs
+    assert [pair.reference.name for pair in chosen] == ["1_left_1stHO.png"]
+
+
 def test_endings_of_label_maps() -> None:
     names = {"x_mask": "x", "21_manual1": "21", "Image_01L_1stHO": "Image_01L", "a-labels": "a", "plain": "plain"}
     assert {name: core_name(name) for name in names} == names

@@ -1,3 +1,5 @@
+"""Cases through a segmentation network by the command: label maps, probabilities, overlays, reports, refusals."""
+
 from __future__ import annotations
 
 import csv

@@ -98,6 +98,8 @@ def test_json_is_strict_and_tells_of_the_model(straight: Path) -> None:
     assert card["n_parameters"] == {"total": 165, "trainable": 89, "frozen": 76}
     assert card["data_digest"] == "a" * 64
     assert card["split_digest"] == "b" * 64
+    assert card["distance_unit"] == run["distance_unit"] == "px"
+    assert "distance_unit" in card["definitions"]["val_hd95"]
     assert run["status"] == "finished"
     assert run["epoch"] == 4
     assert run["total_steps"] == 12
@@ -236,6 +238,18 @@ def test_a_loss_that_does_not_move_is_told_once(tmp_path: Path, caplog: pytest.L
         texts = [record.getMessage() for record in caplog.records if "hardly moved in 5 epochs" in record.getMessage()]
         assert len(texts) == told
         assert all("--lr" in text and "check-data" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"), [({"train": {}, "test": {}}, "--data cases --split test"), ({"train": {}}, "--split all")]
+)
+def test_the_next_command_evaluates_on_what_the_model_has_not_seen(
+    tmp_path: Path, counts: dict[str, Any], told: str
+) -> None:
+    job = tiny_job(TinyConfig(epochs=1), data_facts={"counts": counts})
+    line = next(line for line in train(job, tmp_path / "run", data=Path("cases")).lines if line.startswith("next:"))
+    assert told in line
+    assert ("cases" in line) == ("test" in counts)
 
 
 def test_validations_are_as_far_apart_as_val_freq_says_and_the_last_epoch_has_one(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from segment_parts import history, same_state, train
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
+from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, Interrupted
 from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.data.labelled_slices import collate_labelled
 from medssl_cli.objectives.segmentation import SegmentationLoss, SegmentationLossConfig
@@ -28,8 +32,8 @@ from medssl_cli.report.labels import label_colour
 from medssl_cli.report.mask_overlay import REFERENCE
 from medssl_cli.services.segment import segment
 from medssl_cli.services.segment_job import SegmentJob
-from medssl_cli.services.segment_request import SegmentRequest
-from medssl_cli.services.segment_semantic import build_groups, build_semantic_job
+from medssl_cli.services.segment_request import SegmentRequest, check_segment_request
+from medssl_cli.services.segment_semantic import build_groups, build_semantic_job, load_semantic_config
 from medssl_cli.services.segment_semantic_config import SemanticConfig, check_semantic_config, sided
 from medssl_cli.services.segment_semantic_data import _items, _Looked, _some_patients
 from medssl_cli.services.segment_training import build_training
@@ -155,6 +159,38 @@ def test_no_patient_is_on_two_sides(trained: Path) -> None:
     assert patients["val"]
     assert not patients["train"] & patients["val"]
     assert len(rows) == 6
+
+
+class _StopAt:
+    """Views that send SIGTERM to this process in one step."""
+
+    def __init__(self, views: Callable[..., LabelledBatch], step: int) -> None:
+        self.views, self.step = views, step
+
+    def __call__(self, batch: LabelledBatch, step: int, micro: int) -> LabelledBatch:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.views(batch, step, micro)
+
+
+def test_r01_a_run_stopped_within_an_epoch_goes_on_to_the_same_bits(
+    job_of: Callable[..., SegmentJob], tmp_path: Path
+) -> None:
+    lists = _lists(tmp_path / "split", train=["PT-0000", "PT-0002"], val=["PT-0003"])
+    words = ("finetune.freeze_backbone=false", "decoder.deep_supervision=true", "data.context=1", "optim.epochs=2")
+    words = (*words, "optim.batch_size=1", "decoder.dropout=0.5", "decoder.base=4", "train.val_every=2")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(job_of(*words, splits=lists), straight)
+    stopped = job_of(*words, splits=lists)
+    stopped.views = _StopAt(stopped.views, 5)  # the second of four steps of the second epoch
+    with pytest.raises(Interrupted):
+        train(stopped, broken)
+    train(job_of(*words, splits=lists), broken)
+    same_state(straight, broken)
+    assert history(straight) == history(broken)
+    best = [load_file(run / "best.safetensors") for run in (straight, broken)]
+    assert best[0].keys() == best[1].keys()
+    assert all(torch.equal(tensor, best[1][name]) for name, tensor in best[0].items())
 
 
 def test_w01_a_model_that_does_not_exist_trains_nothing(job_of: Callable[..., SegmentJob], tmp_path: Path) -> None:
@@ -405,7 +441,6 @@ def test_pictures_with_patients_in_their_names(
     job_of: Callable[..., SegmentJob], plain_backbone: Path, tmp_path: Path
 ) -> None:
     root = _pictures(tmp_path / "pictures")
-    words = ("data.slices_per_case=", "data.classes=[disc]")
     job = build_semantic_job(
         SegmentRequest(
             "semantic",
@@ -414,8 +449,8 @@ def test_pictures_with_patients_in_their_names(
             device="cpu",
             out=tmp_path / "run",
             overrides=(
-                *(word for word in TINY if not word.startswith(words[0])),
-                words[1],
+                *TINY,
+                "data.classes=[disc]",
                 r"data.group_pattern=(p\d+)_",
                 "data.val_ratio=0.3",
             ),
@@ -423,6 +458,7 @@ def test_pictures_with_patients_in_their_names(
         CPU,
     )
     assert job.card["kind"] == "images"
+    assert len(job.train) == 2 * len(_seen(job, "train"))  # data.slices_per_case
     assert job.config.augment.vertical_flip == 0.5
     patients = {part: {patient for name, _, patient in job.seen if name == part} for part in ("train", "val")}
     assert patients["train"] | patients["val"] == {"p0", "p1", "p2"}
@@ -444,20 +480,43 @@ def test_a_backbone_of_sequences_refuses_pictures(job_of: Callable[..., SegmentJ
 # --- refusals of data and keys ---------------------------------------------------------------------------------------
 
 
-def test_a_label_without_name_asks_for_the_key(job_of: Callable[..., SegmentJob]) -> None:
+def test_a_label_without_name_asks_for_it(job_of: Callable[..., SegmentJob]) -> None:
     with pytest.raises(ConfigError) as caught:
         job_of(label=None)
-    assert "data.label" in caught.value.where
-    assert "--label" not in caught.value.where + caught.value.fix
+    assert "--label lesion" in caught.value.fix
     with pytest.raises(DataError, match="did you mean 'lesion'"):
         job_of(label="lesoin")
+
+
+def test_label_classes_and_patients_are_options_too(request_of: Callable[..., SegmentRequest]) -> None:
+    options = {"label": "roi_Prostate", "classes": "gland, ignore=255", "group_pattern": r"^(PT-\d+)"}
+    data = load_semantic_config(replace(request_of(label=None), **options)).data
+    assert (data.label, data.group_pattern) == (options["label"], options["group_pattern"])
+    assert data.classes == ("gland", "ignore=255")
+    given = replace(request_of("data.label=lesion", label=None), label="roi_Prostate")
+    assert load_semantic_config(given).data.label == "lesion"  # KEY=VALUE comes after options
+
+
+def test_options_of_the_semantic_task_are_refused_for_pairs() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_segment_request(SegmentRequest("ct-pet", label="a", classes="b", group_pattern="c"))
+    assert all(f"--{name} has no effect" in caught.value.where for name in ("label", "classes", "group-pattern"))
+
+
+def test_cases_of_volumes_have_their_patients_by_pattern(job_of: Callable[..., SegmentJob]) -> None:
+    job = job_of(r"data.group_pattern=PT-000(\d)", "data.val_ratio=0.4")
+    assert {case_id: patient for _, case_id, patient in job.seen} == {case_id: case_id[6] for _, case_id, _ in job.seen}
+    parts = {part: {patient for name, _, patient in job.seen if name == part} for part in ("train", "val")}
+    assert parts["train"].isdisjoint(parts["val"])
+    with pytest.raises(DataError, match="does not match"):
+        job_of("data.group_pattern=PT-000(0)")
 
 
 def test_a_value_of_no_class_is_refused_before_training(job_of: Callable[..., SegmentJob]) -> None:
     with pytest.raises(DataError) as caught:
         job_of("data.classes=[zone=2]")
     assert caught.value.code == "label_values"
-    assert "--classes" not in caught.value.fix
+    assert "--classes" in caught.value.fix
 
 
 def test_an_unknown_sequence_is_refused(job_of: Callable[..., SegmentJob]) -> None:
@@ -498,7 +557,6 @@ def test_on_error_skip_lists_the_case_that_has_no_label(
     ("keys", "kind", "told"),
     [
         ({"data": {"context": 1, "pixel_mm": 0.5}}, "images", ("data.context", "data.pixel_mm")),
-        ({"data": {"group_pattern": "x"}}, "volumes", ("data.group_pattern",)),
         ({"data": {"splits": "a", "split_csv": "b", "val_ratio": 0.1}}, "volumes", ("data.split_csv", "val_ratio")),
         ({"finetune": {"layerwise_decay": 0.5, "freeze_epochs": 2}}, "volumes", ("layerwise_decay", "freeze_epochs")),
         ({"init": "random", "finetune": {"freeze_backbone": True}}, "volumes", ("stay random",)),
