@@ -400,12 +400,19 @@ def digest_of(*parts: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use; all of the machine where the system does not tell (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def worker_count(asked: int | None = None) -> int:
     """Worker processes to use: as asked, else SLURM's CPUs or this machine's, less one, from 1 to 8."""
     if asked is not None:
         return max(0, asked)
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    cpus = int(slurm) if slurm.isdigit() else len(os.sched_getaffinity(0))
+    cpus = int(slurm) if slurm.isdigit() else usable_cpus()
     return min(8, max(1, cpus - 1))
 
 

@@ -19,7 +19,7 @@ from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.protocols import IGNORE_LABEL
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.wording import counted
-from medssl_cli.data.images import check_finite, read_volume, volume_stem
+from medssl_cli.data.images import read_volume, volume_stem
 from medssl_cli.data.npy import is_npy, open_npy, read_npy_picture
 
 log = logging.getLogger(__name__)
@@ -282,39 +282,7 @@ def _no_classes(values: Sequence[int], most: int, where: str) -> DataError:
     )
 
 
-def discover_spec(paths: Iterable[Path], names: Sequence[str] = (), *, max_classes: int = MAX_CLASSES) -> LabelSpec:
-    """Classes of files that no dataset.json describes, by the values that they hold; see ``spec_of_values``.
-
-    Every file is read once. A prepared store knows its values without that: ``Store.label_values``.
-
-    Raises:
-        DataError: As ``spec_of_values``; a file that is missing, damaged or no label map.
-    """
-    found: set[int] = set()
-    first, count = "", 0
-    for path in paths:
-        found.update(np.unique(read_label_map(path)).tolist())
-        first, count = first or str(path), count + 1
-    more = f" and {count - 1} more" if count > 1 else ""
-    return spec_of_values(found, names, max_classes=max_classes, where=f"{first}{more}")
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_label_map(path: Path) -> np.ndarray:
-    """Values of a file as uint8: (Z, Y, X) of a volume, (H, W) of a picture.
-
-    Raises:
-        DataError: Missing, damaged, 4-D, or values that are no labels.
-    """
-    if volume_stem(path) is None:
-        return read_label_picture(path)
-    array = read_volume(path).array
-    if array.ndim != 3:
-        raise label_4d(path)
-    check_finite(path, array)
-    return whole_values(array, str(path))
 
 
 def label_4d(path: Path) -> DataError:

@@ -167,6 +167,27 @@ def read_layout_cases(
     return [cases[name] for name in sorted(cases)]
 
 
+def cases_beside(file: Path, sequences: tuple[str, ...] = ()) -> list[Case]:
+    """The cases of nnU-Net or the Decathlon in whose folder of images a volume lies; none where it lies elsewhere.
+
+    Args:
+        file: In imagesTr or imagesTs.
+        sequences: Of each case, as for ``read_layout_cases``; those that the data set names are always among them.
+
+    Raises:
+        DataError: As ``read_layout_cases``.
+    """
+    folder = file.absolute().parent
+    if folder.name not in ("imagesTr", "imagesTs") or volume_stem(file) is None:
+        return []
+    layout = foreign_layout(folder.parent)
+    if layout not in ("nnunet", "decathlon"):
+        return []
+    names = dict.fromkeys((*layout_channels(folder.parent, layout), *sequences))
+    found = read_layout_cases(folder.parent, layout, tuple(names))
+    return [case for case in found if any(s.path.parent.name == folder.name for s in case.sequences.values())]
+
+
 def select_cases(cases: list[Case], split_csv: Path) -> list[Case]:
     """The cases that a list names, each by its id.
 

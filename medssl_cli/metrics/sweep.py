@@ -26,16 +26,19 @@ class ThresholdSweep:
 
     Args:
         thresholds: Probabilities from which on a voxel counts as predicted.
+        present_only: Leave out images whose reference is empty, unless all are: where most images are, the threshold
+            that predicts nothing would else be the best.
     """
 
-    def __init__(self, thresholds: tuple[float, ...] = THRESHOLDS) -> None:
+    def __init__(self, thresholds: tuple[float, ...] = THRESHOLDS, *, present_only: bool = False) -> None:
         if not thresholds or list(thresholds) != sorted(set(thresholds)):
             raise ValueError(f"thresholds {thresholds} do not rise")
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
+        self.present_only = present_only
         self._counts: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return len(self._counts)
+        return len(self.counts().tp)
 
     def add(self, probability: np.ndarray, reference: np.ndarray, name: str) -> None:
         """Count one image; what is added under one name, such as the slices of a case, is one image.
@@ -60,6 +63,9 @@ class ThresholdSweep:
     def counts(self) -> Counts:
         """Counts (images, T) in the order in which images came; true negatives are not kept (NaN)."""
         stacked = np.stack(list(self._counts.values())) if self._counts else np.zeros((0, 3, len(self.thresholds)), int)
+        present = (stacked[:, 0] + stacked[:, 2] > 0).any(1)
+        if self.present_only and present.any():
+            stacked = stacked[present]
         return Counts(stacked[:, 0], stacked[:, 1], stacked[:, 2], math.nan)
 
     def best(self) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from medssl_cli.core.case import Sequence as CaseSequence
 from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
 from medssl_cli.core.run import hide_home
 from medssl_cli.data.images import is_image, volume_stem
+from medssl_cli.data.layouts import cases_beside
 from medssl_cli.data.manifest import case_ids, read_table, read_table_cases
 from medssl_cli.data.sequences import is_diffusion_name, resolve_sequence
 
@@ -73,7 +74,8 @@ def named_cases(words: Sequence[str]) -> list[Named]:
     paths: list[Path] = []
     for word in words:
         path = Path(word)
-        paths += _rows(path) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file() else [path]
+        is_table = path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
+        paths += _rows(path) if is_table else _images_of_layout(path) or [path]
     if not paths:
         raise ConfigError(
             "No case was named.",
@@ -89,6 +91,14 @@ def named_cases(words: Sequence[str]) -> list[Named]:
             code="case_twice",
         )
     return [Named(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def _images_of_layout(folder: Path) -> list[Path]:
+    """The first file of each case in a folder of images of nnU-Net or the Decathlon; none of anything else."""
+    first = next((path for path in sorted(folder.iterdir()) if volume_stem(path)), None) if folder.is_dir() else None
+    if first is None:
+        return []
+    return [folder / next(iter(case.sequences.values())).path.name for case in cases_beside(first)]
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -112,7 +122,9 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def _own_name(path: Path) -> str:
     if path.is_dir():
         return path.resolve().name
-    return volume_stem(path) or path.stem
+    stem = volume_stem(path) or path.stem
+    in_layout = path.absolute().parent.name in ("imagesTr", "imagesTs")
+    return stem.removesuffix("_0000") if in_layout else stem  # the first channel of nnU-Net
 
 
 def _safe_name(name: str) -> str:
@@ -174,7 +186,19 @@ def found_case(named: Named, wanted: Wanted, sequence: str | None, scratch: Path
     elif is_image(path) and path.exists():
         yield _picture_case(named, wanted)
     else:
-        yield _file_case(named, wanted, sequence)
+        yield (_layout_case(named, wanted) if sequence is None else None) or _file_case(named, wanted, sequence)
+
+
+def _layout_case(named: Named, wanted: Wanted) -> Case | None:
+    """All channels of a case of nnU-Net or the Decathlon of which one file was named; None of anything else."""
+    if not wanted.volumes:
+        return None
+    for case in cases_beside(named.path, wanted.sequences):
+        if any(entry.path.name == named.path.name for entry in case.sequences.values()):
+            found = {name: case.sequences[name] for name in wanted.sequences if name in case.sequences}
+            _say_missing(named, wanted, found)
+            return Case(named.name, named.name, found) if found else None
+    return None
 
 
 def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
@@ -192,10 +216,14 @@ def _folder_case(named: Named, wanted: Wanted, scratch: Path) -> Case:
         if entry.note:
             log.info("%s: %s: %s", named.name, name, entry.note)
     _say_slices(named, wanted)
-    missing = [name for name in wanted.sequences if name not in found]
-    if missing:
-        log.warning("%s: %s missing; the model sees the others alone", named.name, ", ".join(missing))
+    _say_missing(named, wanted, found)
     return Case(named.name, named.name, found)
+
+
+def _say_missing(named: Named, wanted: Wanted, found: Mapping[str, CaseSequence]) -> None:
+    missing = [name for name in wanted.sequences if name not in found]
+    if found and missing:
+        log.warning("%s: %s missing; the model sees the others alone", named.name, ", ".join(missing))
 
 
 def _looked_for(wanted: Wanted) -> str:
@@ -327,6 +355,14 @@ def sequence_of(stem: str, wanted: Wanted, asked: str | None = None) -> str:
             "%s is taken as %s, the model's reference sequence; --sequence tells otherwise", stem, wanted.reference
         )
     return wanted.reference
+
+
+def guessed_sequence(named: Named, case: Case, sequences: Sequence[str], asked: str | None) -> str | None:
+    """The sequence that a lone volume was taken for although nothing says so; None where its name or data set does."""
+    stem = None if named.path.is_dir() else volume_stem(named.path)
+    if stem is None or asked is not None or any(_fits(stem.lower(), name.lower()) for name in sequences):
+        return None
+    return None if cases_beside(named.path) else next(iter(case.sequences))
 
 
 def _fits(stem: str, name: str) -> bool:

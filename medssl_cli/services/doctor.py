@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.errors import ResourceError
-from medssl_cli.core.run import free_bytes, hide_home, result_header, to_json, worker_count
+from medssl_cli.core.run import free_bytes, hide_home, result_header, to_json, usable_cpus, worker_count
 
 REQUIRED = (
     "torch",
@@ -171,7 +171,7 @@ def doctor() -> DoctorResult:
         "optional": {name: _version(name) for name in OPTIONAL},
         "torch": torch_facts,
         "attention": attention,
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": usable_cpus(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "workers": worker_count(),
         "disk": _disk(findings),

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ from medssl_cli.services.evaluate_masks_cases import (
     compare_grids,
     failure,
     is_probability,
+    nothing_left,
     read_classes,
     read_grid,
     read_prediction,
     read_probabilities,
     read_values,
     score_case,
+    score_options,
 )
 from medssl_cli.services.evaluate_masks_facts import (
     SUBGROUP_NOTE,
@@ -69,7 +71,12 @@ from medssl_cli.services.evaluate_masks_files import (
     spec_beside,
 )
 from medssl_cli.services.evaluate_masks_groups import CaseTables, case_rows, patients_of, tables_at, with_patients
-from medssl_cli.services.evaluate_masks_request import TOLERANCE, MasksConfig, check_masks_request, segment_run
+from medssl_cli.services.evaluate_masks_request import (
+    MasksConfig,
+    check_masks_request,
+    refuse_idle_lesion_keys,
+    segment_run,
+)
 from medssl_cli.services.evaluate_masks_results import PREDICTIONS, publish_masks, write_masks
 from medssl_cli.services.evaluate_masks_worst import WorstCases
 from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Failure, Progress
@@ -178,14 +185,13 @@ def score_files(request: EvaluateRequest, progress: Progress | None = None) -> t
             _stop_or_list(request, failures, pair, error)
         if progress is not None:
             progress(number + 1, len(plan.pairs))
-    tables = kept_rows(tables, cases)
     scored = ScoredMasks(
         cases=tuple(_some(cases, failures)),
         classes=plan.spec.classes,
         options=plan.options,
         unit=plan.unit,
         group_by=group_by,
-        tables=tables,
+        tables=tables.kept([case.case_id for case in cases]),
         threshold=plan.threshold,
         threshold_source=plan.threshold_source,
         data=_data_facts(request, cases),
@@ -195,12 +201,6 @@ def score_files(request: EvaluateRequest, progress: Progress | None = None) -> t
         notes=(*notes, *_unit_note(plan.unit), *_extra_note(found.extra)),
     )
     return scored, worst
-
-
-def kept_rows(tables: CaseTables, cases: Sequence[CaseScores]) -> CaseTables:
-    """The rows of the cases that were measured, in their order."""
-    rows = {row.case_id: row for row in tables.rows}
-    return replace(tables, rows=tuple(rows[case.case_id] for case in cases))
 
 
 def _measured(pair: MaskPair, patient_id: str, plan: _Plan, worst: WorstCases) -> CaseScores:
@@ -229,7 +229,7 @@ def _planned(request: EvaluateRequest, config: MasksConfig, found: Pairs) -> _Pl
     spec, of_probabilities, pairs = _classes(request, pairs, failures)
     threshold, source = _threshold(request, of_probabilities)
     lesions = request.lesions or request.probabilities is not None or of_probabilities
-    _refuse_needless(request, lesions)
+    refuse_idle_lesion_keys(request, lesions=lesions)
     return _Plan(
         tuple(pairs),
         spec,
@@ -242,27 +242,12 @@ def _planned(request: EvaluateRequest, config: MasksConfig, found: Pairs) -> _Pl
     )
 
 
-def score_options(
-    request: EvaluateRequest, config: MasksConfig, threshold: float | None, *, lesions: bool
-) -> ScoreOptions:
-    """How each case is measured."""
-    return ScoreOptions(
-        tolerance=TOLERANCE if request.tolerance_mm is None else request.tolerance_mm,
-        hd_empty="diagonal" if request.hd_empty == "diagonal" else "nan",
-        threshold=0.5 if threshold is None else threshold,
-        lesions=lesions,
-        lesion_threshold=config.lesion_threshold,
-        lesion_min_voxels=config.lesion_min_voxels,
-        min_iou=config.lesion_min_iou,
-    )
-
-
 def _classes(
     request: EvaluateRequest, pairs: Sequence[MaskPair], failures: list[Failure]
 ) -> tuple[LabelSpec, bool, list[MaskPair]]:
     """(classes, whether predictions are probabilities, cases that can be read)."""
     if not pairs:
-        raise _nothing_left(failures)
+        raise nothing_left(failures)
     beside = (
         None if request.classes else spec_beside(pairs[0].reference if request.reference is None else request.reference)
     )
@@ -277,7 +262,7 @@ def _classes(
         except DataError as error:
             _stop_or_list(request, failures, pair, error)
     if not kept:
-        raise _nothing_left(failures)
+        raise nothing_left(failures)
     spec = found.spec(request.classes, hide_home(str(request.reference)), request.label or "")
     log.info("Classes: %s (values of the files)", spec.describe())
     return spec, bool(found.probability_channels), kept
@@ -298,24 +283,10 @@ def _threshold(request: EvaluateRequest, of_probabilities: bool) -> tuple[float 
     return None, "no threshold: label maps"
 
 
-def _refuse_needless(request: EvaluateRequest, lesions: bool) -> None:
-    needless = [text for text in request.overrides if text.startswith("lesion_") and not lesions]
-    if needless:
-        raise ConfigError(
-            "Settings of lesions have no effect without lesions.",
-            where=", ".join(needless),
-            fix="pass --lesions, or leave them out",
-            code="flags_without_effect",
-        )
-
-
 def _lesion_source(request: EvaluateRequest, config: MasksConfig, of_probabilities: bool) -> str:
     if request.probabilities is None and not of_probabilities:
         return "connected regions of the predicted label maps, each with confidence 1"
-    return (
-        f"connected regions of the probability maps from {config.lesion_threshold:g} on, of at least "
-        f"{counted(config.lesion_min_voxels, 'voxel')}; confidence: the highest probability in a region"
-    )
+    return config.candidates("probability maps")
 
 
 def _unit(pairs: Sequence[MaskPair]) -> str:
@@ -377,15 +348,8 @@ def _said_failures(failures: Sequence[Failure]) -> DataError:
 
 def _some(cases: Sequence[CaseScores], failures: Sequence[Failure]) -> Sequence[CaseScores]:
     if not cases:
-        raise _nothing_left(failures)
+        raise nothing_left(failures)
     return cases
-
-
-def _nothing_left(failures: Sequence[Failure]) -> DataError:
-    lines = [f"{case}: {reason}" for case, _, reason, _ in failures[:8]]
-    return DataError(
-        "No case can be evaluated.", where="\n".join(lines), fix="see the reasons above", code="cases_missing"
-    )
 
 
 def _data_facts(request: EvaluateRequest, cases: Sequence[CaseScores]) -> dict[str, Any]:

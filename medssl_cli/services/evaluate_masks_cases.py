@@ -7,7 +7,7 @@ L classes with the background, S structures (classes without it), Z Y X voxels, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from medssl_cli.metrics import segmentation
 from medssl_cli.metrics.lesions import CaseLesions, lesion_candidates, match
 from medssl_cli.metrics.surface import HdEmpty, bounding_box, diagonal, surface_distances
 from medssl_cli.services.evaluate_masks_files import MaskPair
-from medssl_cli.services.evaluate_masks_request import LESION_THRESHOLD, TOLERANCE
-from medssl_cli.services.evaluate_request import Failure
+from medssl_cli.services.evaluate_masks_request import LESION_THRESHOLD, TOLERANCE, MasksConfig
+from medssl_cli.services.evaluate_request import EvaluateRequest, Failure
 
 METRICS = (
     *("dice", "iou", "f1", "accuracy", "precision", "recall"),
@@ -75,6 +75,21 @@ class ScoreOptions:
     lesion_threshold: float = LESION_THRESHOLD
     lesion_min_voxels: int = 1
     min_iou: float = 0.1
+
+
+def score_options(
+    request: EvaluateRequest, config: MasksConfig, threshold: float | None, *, lesions: bool
+) -> ScoreOptions:
+    """How each case is measured, as the user asks."""
+    return ScoreOptions(
+        tolerance=TOLERANCE if request.tolerance_mm is None else request.tolerance_mm,
+        hd_empty="diagonal" if request.hd_empty == "diagonal" else "nan",
+        threshold=0.5 if threshold is None else threshold,
+        lesions=lesions,
+        lesion_threshold=config.lesion_threshold,
+        lesion_min_voxels=config.lesion_min_voxels,
+        min_iou=config.lesion_min_iou,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,14 @@ def compare_grids(pairs: Iterable[MaskPair]) -> list[Failure]:
                 failures.append((pair.case_id, hide_home(str(path)), reason, GRID_FIX))
                 break
     return failures
+
+
+def nothing_left(failures: Sequence[Failure]) -> DataError:
+    """The error of an evaluation whose cases have all failed."""
+    lines = [f"{case}: {reason}" for case, _, reason, _ in failures[:8]]
+    return DataError(
+        "No case can be evaluated.", where="\n".join(lines), fix="see the reasons above", code="cases_missing"
+    )
 
 
 GRID_FIX = "write predictions on the grid of the input image, as `medssl infer` does; nothing is resampled here"

@@ -39,6 +39,11 @@ class CaseTables:
     tables: tuple[Path, ...] = ()
     of_images: bool = False
 
+    def kept(self, case_ids: Sequence[str]) -> CaseTables:
+        """With the rows of some of the cases, in the order of these."""
+        rows = {row.case_id: row for row in self.rows}
+        return replace(self, rows=tuple(rows[name] for name in case_ids))
+
     def column(self, name: str) -> list[str]:
         """Text of a column for each case, empty where it is not known.
 

@@ -26,7 +26,7 @@ from medssl_cli.core.volume import Volume
 from medssl_cli.core.wording import counted
 from medssl_cli.data.ct_pet import Triple, read_ct_pet, read_pair, read_pet_ct_mask, split_triples
 from medssl_cli.data.images import write_image, write_volume
-from medssl_cli.data.label_maps import IGNORE, LabelSpec
+from medssl_cli.data.label_maps import LabelSpec
 from medssl_cli.data.labelled_cases import (
     described_spec,
     find_label_cases,
@@ -34,20 +34,21 @@ from medssl_cli.data.labelled_cases import (
     holds_labelled_pictures,
 )
 from medssl_cli.data.manifest import read_ids, say_some, split_digest
-from medssl_cli.metrics.surface import HdEmpty
 from medssl_cli.services.devices import describe_device, resolve_device
 from medssl_cli.services.evaluate_masks_cases import (
     CaseScores,
     Grid,
     ScoreOptions,
     grids_differ,
+    nothing_left,
     read_classes,
     read_grid,
     score_case,
+    score_options,
 )
 from medssl_cli.services.evaluate_masks_facts import ScoredMasks
 from medssl_cli.services.evaluate_masks_groups import CaseTables, case_rows, patients_of, tables_at, with_patients
-from medssl_cli.services.evaluate_masks_request import TOLERANCE, MasksConfig
+from medssl_cli.services.evaluate_masks_request import MasksConfig, refuse_idle_lesion_keys
 from medssl_cli.services.evaluate_masks_worst import WorstCases
 from medssl_cli.services.evaluate_model import CASES, read_seen
 from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Failure, Progress
@@ -136,13 +137,13 @@ def score_segmenter(
     if request.data is None:
         raise ValueError("a model without data")
     config = load_config(SegmenterConfig, None, recipes=COMMAND, overrides=request.overrides)
-    _refuse_needless(request)
+    refuse_idle_lesion_keys(request, lesions=request.lesions)
     segmenter = open_segmenter(run, resolve_device(request.device))
     threshold, source = _threshold(request, segmenter)
     found: list[Failure] = []
     labelled, part = _labelled(request, segmenter, request.data, found)
     spec = _spec(request, segmenter, request.data)
-    options = _options(request, config, threshold)
+    options = score_options(request, config, threshold, lesions=request.lesions)
     tables = CaseTables(
         case_rows([c.case_id for c in labelled], [c.name for c in labelled], [c.patient_id for c in labelled]),
         request.data,
@@ -170,15 +171,14 @@ def score_segmenter(
         if progress is not None:
             progress(number + 1, len(labelled))
     if not cases:
-        raise _none_left(found)
-    rows = {row.case_id: row for row in tables.rows}
+        raise nothing_left(found)
     scored = ScoredMasks(
         cases=tuple(cases),
         classes=segmenter.classes,
         options=options,
         unit=unit,
         group_by=group_by,
-        tables=replace(tables, rows=tuple(rows[case.case_id] for case in cases)),
+        tables=tables.kept([case.case_id for case in cases]),
         threshold=threshold,
         threshold_source=source,
         data={
@@ -187,24 +187,13 @@ def score_segmenter(
             "split_digest": split_digest([case.case_id for case in cases]),
             "held_back": part not in SEEN,
         },
-        lesion_source=_lesion_source(config) if options.lesions else None,
+        lesion_source=config.candidates("probability") if options.lesions else None,
         failures=tuple(found),
         model=_model_facts(segmenter, config),
         device=describe_device(segmenter.device),
         notes=(*notes, *([_UNIT_NOTE] if unit == "px" else []), *_seen_note(part)),
     )
     return scored, worst
-
-
-def _refuse_needless(request: EvaluateRequest) -> None:
-    needless = [text for text in request.overrides if text.startswith("lesion_") and not request.lesions]
-    if needless:
-        raise ConfigError(
-            "Settings of lesions have no effect without lesions.",
-            where=", ".join(needless),
-            fix="pass --lesions, or leave them out",
-            code="flags_without_effect",
-        )
 
 
 def _threshold(request: EvaluateRequest, segmenter: Segmenter) -> tuple[float | None, str]:
@@ -217,26 +206,6 @@ def _threshold(request: EvaluateRequest, segmenter: Segmenter) -> tuple[float | 
         )
     threshold, source = threshold_of(segmenter, request.threshold)
     return threshold, source or "no threshold: the most probable class"
-
-
-def _options(request: EvaluateRequest, config: SegmenterConfig, threshold: float | None) -> ScoreOptions:
-    empty: HdEmpty = "diagonal" if request.hd_empty == "diagonal" else "nan"
-    return ScoreOptions(
-        tolerance=TOLERANCE if request.tolerance_mm is None else request.tolerance_mm,
-        hd_empty=empty,
-        threshold=0.5 if threshold is None else threshold,
-        lesions=request.lesions,
-        lesion_threshold=config.lesion_threshold,
-        lesion_min_voxels=config.lesion_min_voxels,
-        min_iou=config.lesion_min_iou,
-    )
-
-
-def _lesion_source(config: SegmenterConfig) -> str:
-    return (
-        f"connected regions of the probability from {config.lesion_threshold:g} on, of at least "
-        f"{counted(config.lesion_min_voxels, 'voxel')}; confidence: the highest probability in a region"
-    )
 
 
 def _model_facts(segmenter: Segmenter, config: SegmenterConfig) -> dict[str, Any]:
@@ -257,11 +226,6 @@ def _seen_note(part: str) -> tuple[str, ...]:
         return ()
     how = "trained" if part == "train" else "chosen, and its threshold set,"
     return (f"The network was {how} on this part: these numbers tell nothing of new patients.",)
-
-
-def _none_left(failures: Sequence[Failure]) -> DataError:
-    lines = [f"{case}: {reason}" for case, _, reason, _ in failures[:8]]
-    return DataError("No case can be evaluated.", where="\n".join(lines), fix="see the reasons", code="cases_missing")
 
 
 # --- which cases -----------------------------------------------------------------------------------------------------
@@ -483,15 +447,9 @@ def _spec(request: EvaluateRequest, segmenter: Segmenter, root: Path) -> LabelSp
         return described
     values = segmenter.card.get("label_values")
     if values:
-        ignored = _ignored(((segmenter.card.get("config") or {}).get("data") or {}).get("classes") or ())
+        ignored = tuple(int(value) for value in segmenter.card.get("ignore_values") or ())
         return LabelSpec(segmenter.classes, {int(v): segmenter.classes.index(n) for v, n in values.items()}, ignored)
     return LabelSpec(segmenter.classes, {index: index for index in range(len(segmenter.classes))})
-
-
-def _ignored(names: Sequence[str]) -> tuple[int, ...]:
-    """Values that the training was told to ignore, as in ``ignore=254+255``."""
-    texts = [str(name).partition("=")[2] for name in names if str(name).partition("=")[0].strip() == IGNORE]
-    return tuple(int(value) for text in texts for value in text.split("+"))
 
 
 # --- cases through the network ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import CheckpointError, ConfigError
+from medssl_cli.core.wording import counted
 from medssl_cli.data.images import IMAGE_SUFFIXES, volume_stem
 from medssl_cli.services.evaluate_request import SPLITS, EvaluateRequest
 from medssl_cli.services.lookup import find_model, is_segment_run
@@ -33,6 +34,13 @@ class MasksConfig(Config):
     """Smaller candidates are left out."""
     worst_cases: int = Field(6, ge=0)
     """Cases drawn in the report, those with the lowest Dice."""
+
+    def candidates(self, source: str) -> str:
+        """What lesion candidates of a source of probabilities are, in words."""
+        return (
+            f"connected regions of the {source} from {self.lesion_threshold:g} on, of at least "
+            f"{counted(self.lesion_min_voxels, 'voxel')}; confidence: the highest probability in a region"
+        )
 
 
 def is_masks(request: EvaluateRequest) -> bool:
@@ -70,6 +78,22 @@ def is_mask_file(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     return volume_stem(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def refuse_idle_lesion_keys(request: EvaluateRequest, *, lesions: bool) -> None:
+    """Refuse keys of lesions where these are not judged.
+
+    Raises:
+        ConfigError: With them.
+    """
+    idle = [text for text in request.overrides if text.startswith("lesion_") and not lesions]
+    if idle:
+        raise ConfigError(
+            "Settings of lesions have no effect without lesions.",
+            where=", ".join(idle),
+            fix="pass --lesions, or leave them out",
+            code="flags_without_effect",
+        )
 
 
 def check_masks_request(request: EvaluateRequest) -> None:

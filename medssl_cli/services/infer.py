@@ -18,10 +18,9 @@ from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import result_header, temporary_folder, write_json
 from medssl_cli.core.wording import counted
-from medssl_cli.data.images import volume_stem
 from medssl_cli.models.vit import VisionTransformer
 from medssl_cli.services.backbone import Backbone, open_backbone, read_planes, saying_memory
-from medssl_cli.services.case_input import Named, Wanted, found_case, named_cases
+from medssl_cli.services.case_input import Named, Wanted, found_case, guessed_sequence, named_cases
 from medssl_cli.services.case_results import CaseResults, publish, shown
 from medssl_cli.services.devices import resolve_device
 from medssl_cli.services.dicom_export import check_dicom_source, dicom_formats
@@ -32,7 +31,7 @@ from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, in
 from medssl_cli.services.infer_head import Limits, check_class, describe, judge, limits_of, lines_of
 from medssl_cli.services.lookup import FoundModel, find_model
 from medssl_cli.services.predictions import prediction_table, write_predictions
-from medssl_cli.services.quality import is_guessed, map_flags, quality_flags
+from medssl_cli.services.quality import map_flags, quality_flags
 
 log = logging.getLogger(__name__)
 
@@ -326,10 +325,9 @@ def _settings(request: InferRequest, config: InferConfig, model: Model) -> dict[
 
 
 def _guessed(named: Named, case: Case, backbone: Backbone, request: InferRequest) -> str | None:
-    """The sequence that a lone volume was taken for although its name does not say so."""
-    stem = None if named.path.is_dir() or backbone.model.sequences is None else volume_stem(named.path)
-    is_guess = is_guessed(stem, backbone.sequences, request.sequence)
-    return next(iter(case.sequences)) if is_guess else None
+    """The sequence that a lone volume was taken for although nothing says so."""
+    is_plain = backbone.model.sequences is None
+    return None if is_plain else guessed_sequence(named, case, backbone.sequences, request.sequence)
 
 
 def _lines(summary: dict[str, Any], request: InferRequest, *, several: bool) -> list[str]:

@@ -14,8 +14,8 @@ from medssl_cli.core.config import load_config
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import result_header, temporary_folder, write_json
-from medssl_cli.data.images import is_image, volume_stem
-from medssl_cli.services.case_input import Named, Wanted, found_case, named_cases
+from medssl_cli.data.images import is_image
+from medssl_cli.services.case_input import Named, Wanted, found_case, guessed_sequence, named_cases
 from medssl_cli.services.case_results import publish, shown
 from medssl_cli.services.ct_pet_volume import CtPetInferConfig, as_volumes, refuse_incomplete, windows_of
 from medssl_cli.services.devices import resolve_device
@@ -23,7 +23,6 @@ from medssl_cli.services.dicom_export import check_dicom_source
 from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, infer_cohort, needless
 from medssl_cli.services.infer_pairs import infer_pairs, paired_folders
 from medssl_cli.services.lookup import FoundModel, read_segmenter_card
-from medssl_cli.services.quality import is_guessed
 from medssl_cli.services.segment_dicom import segment_formats
 from medssl_cli.services.segment_results import SegmentResults
 from medssl_cli.services.segment_semantic_config import sided
@@ -227,9 +226,8 @@ def settings_of(request: InferRequest, config: InferSegmentConfig) -> dict[str, 
 
 
 def _guessed(named: Named, case: Case, segmenter: Segmenter, request: InferRequest) -> str | None:
-    """The sequence that a lone volume was taken for although its name does not say so."""
-    stem = None if named.path.is_dir() or segmenter.plain else volume_stem(named.path)
-    return next(iter(case.sequences)) if is_guessed(stem, segmenter.sequences, request.sequence) else None
+    """The sequence that a lone volume was taken for although nothing says so."""
+    return None if segmenter.plain else guessed_sequence(named, case, segmenter.sequences, request.sequence)
 
 
 def _lines(summary: dict[str, Any], request: InferRequest, *, several: bool) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from medssl_cli.core.config import leaves
 from medssl_cli.core.errors import ConfigError, ResourceError
 from medssl_cli.core.result import Result
-from medssl_cli.core.run import package_version
+from medssl_cli.core.run import package_version, usable_cpus
 from medssl_cli.engine.distributed import Place, from_first, gather, rank, refuse_differences, world_size
 from medssl_cli.services.devices import resolve_device
 from medssl_cli.services.launch import launch
@@ -137,7 +137,7 @@ def device_of(request: GroupRequest, place: Place | None) -> torch.device:
     device = resolve_device(request.device)
     if device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
+            torch.set_num_threads(max(1, usable_cpus() // place.local_world))
         return device
     # srun may show each task its own GPU alone
     return resolve_device(f"cuda:{0 if torch.cuda.device_count() == 1 < place.local_world else place.local_rank}")

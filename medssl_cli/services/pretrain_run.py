@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from medssl_cli.core.protocols import Batch, SliceBatch
-from medssl_cli.core.run import seed_everything, seed_for, worker_count
+from medssl_cli.core.run import seed_everything, seed_for, usable_cpus, worker_count
 from medssl_cli.data.datasets import ImageDataset, Loader, SliceDataset, build_loader
 from medssl_cli.data.store import Store
 from medssl_cli.engine.distributed import Parallel, local_world, rank, world_size
@@ -178,7 +178,7 @@ def _spare_cpus() -> int:
     """Loader processes that this machine has CPUs for, shared among the processes that train on it."""
     if local_world() == 1 or os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         return worker_count()
-    return min(8, max(1, len(os.sched_getaffinity(0)) // local_world() - 1))
+    return min(8, max(1, usable_cpus() // local_world() - 1))
 
 
 def _loader_of(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from medssl_cli.core.wording import counted
-from medssl_cli.services.case_input import Wanted, sequence_of
 
 if TYPE_CHECKING:
     from medssl_cli.data.feature_store import ImageFacts
@@ -104,13 +103,6 @@ def map_flags(total: float | None, method: str) -> list[QualityFlag]:
         "decides by something that this map does not show. Do not make much of where it is bright."
     )
     return [QualityFlag("info", "The heat map explains little", text, "map_weak")]
-
-
-def is_guessed(stem: str | None, sequences: Sequence[str], asked: str | None) -> bool:
-    """Whether a lone volume file was taken for a sequence that its name does not tell; ``stem`` None for a folder."""
-    if stem is None or asked is not None:
-        return False
-    return not sequence_of(stem, Wanted(tuple(sequences), "", volumes=False))
 
 
 def _novelty_flags(novelty: NoveltyScore | None) -> Iterator[QualityFlag]:

@@ -249,6 +249,7 @@ def model_card(backbone: Backbone, data: SemanticData, config: SemanticConfig, n
         "context": config.data.context,
         "windows_hu": [list(window) for window in backbone.windows_hu] or None,
         "label_values": {str(value): data.spec.classes[index] for value, index in data.spec.values.items()},
+        "ignore_values": list(data.spec.ignore_values),
         "ranges": data.ranges(),
         "missing_in_training": data.missing(),
         "modality": backbone.card.get("modality"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from medssl_cli.core.protocols import LabelledBatch
 from medssl_cli.core.result import Result
-from medssl_cli.core.run import plain, result_header
+from medssl_cli.core.run import plain, result_header, usable_cpus
 from medssl_cli.core.wording import counted
 from medssl_cli.data.labelled_slices import EpochSampler, build_labelled_loader
 from medssl_cli.engine.distributed import NetworkShardingConfig, build_parallel, local_world, rank, world_size
@@ -137,7 +136,7 @@ def _loader(job: SegmentJob, step: int, workers: int) -> Iterator[LabelledBatch]
 
 def _workers(job: SegmentJob) -> int:
     """Loader processes: as set, but no more than this machine has CPUs for."""
-    spare = max(1, len(os.sched_getaffinity(0)) // local_world() - 1)
+    spare = max(1, usable_cpus() // local_world() - 1)
     asked = job.settings.num_workers
     return min(8, spare) if asked is None else min(asked, spare)
 
@@ -153,7 +152,7 @@ def dry_run(job: SegmentJob, started: float) -> Result:
         batch=min(job.settings.batch_size, len(job.train)),  # the first batch of fewer samples is smaller
         samples_per_step=min(samples_per_update(job), len(job.train)),
         steps=training.trainer.total_steps,
-        cases=len(job.train),
+        cases=len(job.seen),
         cache_bytes=int(job.data_facts.get("cache_bytes") or 0),
         workers=training.workers,
     )

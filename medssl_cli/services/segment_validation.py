@@ -57,10 +57,13 @@ DEFINITIONS = {
     "val_hd95": "95th percentile of the distances between the two surfaces, in mm (pictures: pixels), mean over the "
     "structures of each case that reference and prediction both hold, then over cases; null without any. Left out are "
     "structures whose prediction has a surface of over 200,000 voxels, as of a network that has learned nothing yet",
-    "val_best_dice": "one structure: the highest of the mean Dice over patients at thresholds from 0.20 to 0.60",
+    "val_best_dice": "one structure: the highest of the mean Dice over patients at thresholds from 0.20 to 0.60; only "
+    "over the patients whose reference holds the structure, where there are any: for a network that predicts nothing "
+    "all others would count 1",
     "val_best_threshold": "one structure: the threshold of val_best_dice",
-    "score": "one structure: val_best_dice, at the threshold that the model is kept with; several: val_dice. Selects "
-    "the best epoch, of equal ones the first stays",
+    "score": "one structure: val_best_dice, at the threshold that the model is kept with; several: as val_dice, but "
+    "only over the patients whose reference holds a structure, where there are any. Selects the best epoch, of equal "
+    "ones the first stays",
 }
 """For ``model.json``."""
 
@@ -222,6 +225,11 @@ class _Sums:
         held = tp + fp + fn > 0
         return np.where(held, dice(tp, fp, fn), np.nan), np.where(held, iou(tp, fp, fn), np.nan)
 
+    def present(self) -> np.ndarray:
+        """Whether the reference of each patient holds a structure, (P,)."""
+        tp, _, fn = np.stack(list(self.counts_of.values()), axis=1)[..., 1:]
+        return np.asarray((tp + fn > 0).any(1))
+
 
 def validate_cases(
     network: nn.Module, segmenter: Segmenter, cases: ValidationCases, loss: SegmentationLoss, config: InferSegmentConfig
@@ -240,7 +248,7 @@ def validate_cases(
         DataError: A case cannot be read.
     """
     judged = replace(segmenter, network=network)
-    sums = _Sums(len(segmenter.classes), ThresholdSweep() if segmenter.outputs == 1 else None)
+    sums = _Sums(len(segmenter.classes), ThresholdSweep(present_only=True) if segmenter.outputs == 1 else None)
     for index in range(len(cases)):
         _add_case(sums, judged, cases[index], loss, config)
     return _figures(sums, segmenter.classes)
@@ -298,7 +306,8 @@ def _figures(sums: _Sums, classes: Sequence[str]) -> dict[str, Any]:
         shown = (f"{name} {_mean(column):.4f}" for name, column in zip(classes[1:], dice_PK.T, strict=True))
         log.info("validation Dice by structure: %s", ", ".join(shown))
     threshold, best = sums.sweep.best() if sums.sweep is not None else (None, None)
-    val_dice = float(np.mean(_of_patients(dice_PK)))
+    dice_P, present_P = _of_patients(dice_PK), sums.present()
+    val_dice = float(np.mean(dice_P))
     return {
         "val_loss": float(np.mean(sums.losses)) if sums.losses else None,
         "val_dice": val_dice,
@@ -308,7 +317,7 @@ def _figures(sums: _Sums, classes: Sequence[str]) -> dict[str, Any]:
         "val_best_dice": best,
         "val_best_threshold": threshold,
         "threshold_results": sums.sweep.table() if sums.sweep is not None else None,
-        "score": val_dice if best is None else best,
+        "score": float(np.mean(dice_P[present_P] if present_P.any() else dice_P)) if best is None else best,
     }
 
 
@@ -382,4 +391,4 @@ def _picture(planes: LabelledPlanes, number: int, predicted_HW: np.ndarray, sequ
     shown = [draw_masks(view, None, None, scale=scale) for view in views]
     names = sequences if len(sequences) == len(views) else [f"channel {n}" for n in range(1, len(views) + 1)]
     drawn = draw_masks(views[0], reference_HW, prediction_HW, scale=scale)
-    return overlay_strip([*shown, drawn], [*names, "green: reference; filled: prediction"])
+    return overlay_strip([*shown, drawn], [*names, "reference (green), prediction"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -14,11 +15,9 @@ from PIL import Image
 
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.volume import Volume
-from medssl_cli.data.images import write_volume
+from medssl_cli.data.images import read_volume, write_volume
 from medssl_cli.data.label_maps import (
     LabelSpec,
-    discover_spec,
-    read_label_map,
     read_label_picture,
     spec_of_names,
     spec_of_values,
@@ -67,8 +66,8 @@ def test_a_mask_scaled_by_its_header_is_whole(tmp_path: Path) -> None:
     image.header.set_slope_inter(1 / 255, 0)
     (tmp_path / "m.nii").write_bytes(image.to_bytes())
     loaded = nib.load(tmp_path / "m.nii").get_fdata()  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(read_label_map(tmp_path / "m.nii"), np.rint(loaded).T)
-    assert read_label_map(tmp_path / "m.nii").max() == 1
+    np.testing.assert_array_equal(whole_values(read_volume(tmp_path / "m.nii").array), np.rint(loaded).T)
+    assert whole_values(read_volume(tmp_path / "m.nii").array).max() == 1
 
 
 @pytest.mark.parametrize(
@@ -200,6 +199,15 @@ def test_a_spec_is_whole(classes: tuple[str, ...], values: dict[int, int], ignor
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
+def discovered(paths: Iterable[Path], names: Sequence[str] = ()) -> LabelSpec:
+    """Classes by the values of files."""
+    found = [
+        whole_values(read_volume(path).array) if path.name.endswith(".nii.gz") else read_label_picture(path)
+        for path in paths
+    ]
+    return spec_of_values({int(value) for array in found for value in np.unique(array)}, names)
+
+
 CLASSES = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], np.uint8)
 
 
@@ -210,7 +218,7 @@ def test_w08_a_palette_keeps_its_indices(tmp_path: Path) -> None:
     grey = np.asarray(Image.open(tmp_path / "p.png").convert("RGB").convert("L"))
     assert sorted(set(grey.ravel().tolist())) == [0, 29, 76, 150]  # what a reader by way of colours would take
     np.testing.assert_array_equal(read_label_picture(tmp_path / "p.png"), CLASSES)
-    assert discover_spec([tmp_path / "p.png"]).classes == ("background", "class_1", "class_2", "class_3")
+    assert discovered([tmp_path / "p.png"]).classes == ("background", "class_1", "class_2", "class_3")
 
 
 def test_every_plain_format_gives_the_same_values(tmp_path: Path) -> None:
@@ -255,19 +263,12 @@ def test_a_mask_saved_as_jpeg_is_refused(tmp_path: Path) -> None:
     y, x = np.mgrid[:40, :40]
     Image.fromarray((((y - 20) ** 2 + (x - 20) ** 2 < 150) * 255).astype(np.uint8)).save(tmp_path / "m.jpg")
     with pytest.raises(DataError):
-        discover_spec([tmp_path / "m.jpg"], ("vessel",))
-
-
-def test_a_label_map_of_four_axes_is_refused(tmp_path: Path) -> None:
-    write_volume(tmp_path / "a.nii.gz", Volume(np.zeros((2, 3, 4, 5), np.uint8), np.eye(4)))
-    with pytest.raises(DataError) as error:
-        read_label_map(tmp_path / "a.nii.gz")
-    assert error.value.code == "volume_4d"
+        discovered([tmp_path / "m.jpg"], ("vessel",))
 
 
 def test_real_vessels_of_one_bit(real_data: Path) -> None:
     paths = sorted((real_data / "chase_db1_vessels" / "manual1").glob("*.png"))[:2]
-    spec = discover_spec(paths, ("vessel",))
+    spec = discovered(paths, ("vessel",))
     assert spec == LabelSpec(("background", "vessel"), {0: 0, 1: 1})
     share = spec.classes_of(read_label_picture(paths[0])).mean()
     assert share == pytest.approx(np.asarray(Image.open(paths[0]), dtype=bool).mean())
@@ -277,10 +278,10 @@ def test_real_vessels_of_one_bit(real_data: Path) -> None:
 def test_real_lesion_grades(real_data: Path) -> None:
     paths = sorted((real_data / "picai_labels_subset" / "lesion_masks_human_expert").glob("*.nii.gz"))
     found = {int(v) for path in paths for v in np.unique(np.asanyarray(nib.load(path).dataobj))}  # type: ignore[attr-defined]
-    spec = discover_spec(paths)
+    spec = discovered(paths)
     assert sorted(spec.values) == sorted(found)
     grades = sorted(found - {0})
-    lesion = discover_spec(paths, (f"lesion={'+'.join(map(str, grades))}",))
+    lesion = discovered(paths, (f"lesion={'+'.join(map(str, grades))}",))
     assert lesion.classes == ("background", "lesion")
     with pytest.raises(DataError):
-        discover_spec(paths, ("lesion",))
+        discovered(paths, ("lesion",))

@@ -81,3 +81,19 @@ def test_bad_input_is_refused() -> None:
         sweep.add(np.array([np.nan]), np.zeros(1), "a")
     with pytest.raises(ValueError, match="do not rise"):
         ThresholdSweep((0.5, 0.2))
+
+
+def test_images_without_foreground_count_only_where_there_are_no_others() -> None:
+    low, high = np.full((2, 2), 0.1), np.full((2, 2), 0.45)
+    something, nothing = np.ones((2, 2), bool), np.zeros((2, 2), bool)
+    every, present = ThresholdSweep(), ThresholdSweep(present_only=True)
+    for sweep in (every, present):
+        sweep.add(high, something, "lesion")
+        for n in range(3):
+            sweep.add(high, nothing, f"none {n}")
+    assert every.best() == (0.5, 0.75)  # nothing predicted anywhere
+    assert present.best() == (0.45, 1.0)
+    assert [row["n"] for row in present.table()] == [1] * 9
+    alone = ThresholdSweep(present_only=True)
+    alone.add(low, nothing, "none")
+    assert (alone.best(), len(alone)) == ((0.5, 1.0), 1)

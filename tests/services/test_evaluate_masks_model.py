@@ -1,7 +1,10 @@
+"""A segmentation network on labelled cases: which cases, which threshold, and the numbers of its files."""
+
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch import nn
 from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
 from medssl_cli.core.run import write_csv
 from medssl_cli.core.volume import Volume
-from medssl_cli.data.images import write_image, write_volume
+from medssl_cli.data.images import read_volume, write_image, write_volume
 from medssl_cli.data.preprocess import PreprocessConfig
 from medssl_cli.metrics.segmentation import counts, dice
 from medssl_cli.models.dense_decoder import DecoderConfig, DenseNetwork
@@ -139,6 +142,23 @@ def test_patients_and_facts_of_the_model_are_told(evaluated: tuple[Path, dict[st
     assert facts["lesions"]["per_class"]["lesion"]["n_lesions"] == 4
     assert "data:image/jpeg" in (out / "report.html").read_text(encoding="utf-8")
     assert not list(out.parent.glob(".medssl-eval-*"))
+
+
+def test_values_that_training_ignored_are_ignored(tree: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tree / "P0", data / "P0")
+    path = data / "P0" / "roi.nii.gz"
+    roi = read_volume(path)
+    drawn = roi.array.copy()
+    drawn[0] = 255
+    write_volume(path, Volume(drawn, roi.affine))
+    with pytest.raises(DataError, match="of no class"):
+        measured(tmp_path / "strict", write_run(tmp_path / "none"), data)
+    facts = measured(tmp_path / "out", write_run(tmp_path / "run", ignore_values=[255]), data)
+    plain = measured(tmp_path / "plain", write_run(tmp_path / "again"), tree)
+    (row,), other = facts["per_image"], plain["per_image"][0]
+    assert row["tp"] + row["fn"] == other["tp"] + other["fn"]
+    assert row["fp"] < other["fp"]  # those of the first slice count nowhere
 
 
 def test_cases_that_the_network_has_seen_are_refused(tree: Path, tmp_path: Path) -> None:

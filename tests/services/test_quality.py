@@ -14,7 +14,6 @@ from medssl_cli.services.quality import (
     SLICES_TOLERANCE,
     SPACING_TOLERANCE,
     QualityFlag,
-    is_guessed,
     quality_flags,
 )
 
@@ -119,14 +118,6 @@ def test_guesses_and_padding_are_told() -> None:
     flag = flags_of(facts(), filled_N=filled)[0]
     assert flag.code == "padding"
     assert "4 slices of 30" in flag.text
-
-
-@pytest.mark.parametrize(
-    ("stem", "asked", "expected"),
-    [("ax_t2wi_2", None, False), ("scan", None, True), ("scan", "ax_adc", False), (None, None, False)],
-)
-def test_a_name_that_tells_nothing_is_a_guess(stem: str | None, asked: str | None, expected: bool) -> None:
-    assert is_guessed(stem, ("ax_t2wi", "ax_adc"), asked) == expected
 
 
 def test_without_a_record_nothing_is_claimed() -> None:

@@ -724,7 +724,20 @@ def test_w37_dice_leaves_the_background_out_and_two_empty_sides_agree() -> None:
     assert found["val_dice"] == pytest.approx((1 + (0.5 + 1) / 2 + 2 / 3) / 3)
     assert found["val_iou"] == pytest.approx((1 + (1 / 3 + 1) / 2 + 1 / 2) / 3)
     assert found["val_best_dice"] is None
-    assert found["score"] == found["val_dice"]
+    assert found["score"] == pytest.approx(((0.5 + 1) / 2 + 2 / 3) / 2)  # nobody is rewarded for finding nothing in A
+    assert validate_cases(network, segmenter, [empty], loss, InferSegmentConfig())["score"] == 1
+
+
+def test_a_network_that_finds_nothing_is_not_the_best_where_most_patients_have_nothing() -> None:
+    card = {"task": "semantic", "classes": ["background", "lesion"], "outputs": 1, "mean": 0, "std": 1, "tile": 0}
+    segmenter = segmenter_of(Path("run"), {**card, "channels": 1}, _Bright().eval(), CPU)
+    loss = SegmentationLoss(SegmentationLossConfig(), 1)
+    without = [_Planes(f"N{n}", [[-9, 0]], [[0, 0]]) for n in range(4)]  # 0.5 of the second pixel
+    lesion = _Planes("L", [[-9, 0.1]], [[0, 1]])  # 0.57
+    found = validate_cases(_Bright().eval(), segmenter, [*without, lesion], loss, InferSegmentConfig())
+    assert (found["val_best_dice"], found["score"], found["val_best_threshold"]) == (1, 1, 0.5)
+    blind = _Planes("L", [[-9, -9]], [[0, 1]])
+    assert validate_cases(_Bright().eval(), segmenter, [*without, blind], loss, InferSegmentConfig())["score"] == 0
 
 
 def test_validation_loss_is_that_of_the_logits(job_of: Callable[..., SegmentJob], tmp_path: Path) -> None:
