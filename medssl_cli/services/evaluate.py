@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,15 @@ from medssl_cli.services.evaluate_comparison import comparison_facts, read_evalu
 from medssl_cli.services.evaluate_files import score_files
 from medssl_cli.services.evaluate_masks_request import is_masks
 from medssl_cli.services.evaluate_measures import DELONG_DEFINITION, case_losses, delong_facts, measure, measured_facts
-from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Progress, Scored, check_request
+from medssl_cli.services.evaluate_request import (
+    COMMAND,
+    EvaluateRequest,
+    Progress,
+    Scored,
+    check_request,
+    config_facts,
+    few_groups_note,
+)
 from medssl_cli.services.evaluate_results import publish, write_results
 
 log = logging.getLogger(__name__)
@@ -47,8 +55,6 @@ log = logging.getLogger(__name__)
 __all__ = ["EvaluateRequest", "evaluate"]
 
 _WORST = 10
-LEAST_GROUPS = 20
-"""Of fewer patients the percentile bootstrap covers clearly less than the 95 % that it names."""
 _UNCALIBRATED = "probabilities were not fitted to validation data; see ece and the calibration picture"
 
 
@@ -146,21 +152,12 @@ def _facts(request: EvaluateRequest, scored: Scored) -> dict[str, Any]:
         "worst_cases": worst_cases(scored),
         "model": scored.model,
         "data": scored.data,
-        "config": _config_facts(request),
+        "config": config_facts(request),
         "device": scored.device,
-        "notes": [*scored.notes, *_few(evaluation.n_groups, scored.group_by)],
+        "notes": [*scored.notes, *few_groups_note(evaluation.n_groups, scored.group_by)],
         "null_reasons": _null_reasons(request, scored),
         "note": RESEARCH_NOTE,
     }
-
-
-def _few(n_groups: int, group_by: str) -> list[str]:
-    if n_groups >= LEAST_GROUPS:
-        return []
-    return [
-        f"Intervals of {n_groups} {group_unit(group_by, n_groups)} are too narrow: the bootstrap cannot draw what it "
-        "has not seen, and an interval without width is no certainty."
-    ]
 
 
 def _threshold_facts(scored: Scored) -> dict[str, Any]:
@@ -208,11 +205,6 @@ def _row(table: Any, n: int) -> dict[str, Any]:
     if table.task == "multiclass":
         return {"label": table.classes[int(labels[0])], "predicted": values}
     return {"label": dict(zip(table.classes, map(float, labels), strict=True)), "predicted": values}
-
-
-def _config_facts(request: EvaluateRequest) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(request).items() if name not in ("out", "overwrite")}
-    return {name: hide_home(str(value)) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
 def _null_reasons(request: EvaluateRequest, scored: Scored) -> dict[str, str]:

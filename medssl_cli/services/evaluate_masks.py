@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,17 @@ from medssl_cli.services.evaluate_masks_request import (
 )
 from medssl_cli.services.evaluate_masks_results import PREDICTIONS, publish_masks, write_masks
 from medssl_cli.services.evaluate_masks_worst import WorstCases
-from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Failure, Progress
+from medssl_cli.services.evaluate_request import (
+    COMMAND,
+    EvaluateRequest,
+    Failure,
+    Progress,
+    config_facts,
+    few_groups_note,
+)
 
 log = logging.getLogger(__name__)
 
-LEAST_GROUPS = 20
-"""Of fewer patients the percentile bootstrap covers clearly less than the 95 % that it names."""
 _LINES = ("dice", "dice_non_empty", "iou", "nsd", "hd95", "assd", "precision", "recall", "volume_error_ml")
 
 
@@ -378,26 +383,12 @@ def _facts(request: EvaluateRequest, scored: ScoredMasks, worst: WorstCases) -> 
         "worst_cases": [case.facts for case in worst.cases],
         "model": scored.model,
         "data": scored.data,
-        "config": _config_facts(request),
+        "config": config_facts(request),
         "device": scored.device,
-        "notes": [*scored.notes, *_few(found["n_groups"], scored.group_by)],
+        "notes": [*scored.notes, *few_groups_note(found["n_groups"], scored.group_by)],
         "null_reasons": _null_reasons(request, scored),
         "note": RESEARCH_NOTE,
     }
-
-
-def _few(n_groups: int, group_by: str) -> list[str]:
-    if n_groups >= LEAST_GROUPS:
-        return []
-    return [
-        f"Intervals of {n_groups} {group_unit(group_by, n_groups)} are too narrow: the bootstrap cannot draw what it "
-        "has not seen, and an interval without width is no certainty."
-    ]
-
-
-def _config_facts(request: EvaluateRequest) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(request).items() if name not in ("out", "overwrite")}
-    return {name: hide_home(str(value)) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
 def _null_reasons(request: EvaluateRequest, scored: ScoredMasks) -> dict[str, str]:

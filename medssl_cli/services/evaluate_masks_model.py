@@ -50,8 +50,8 @@ from medssl_cli.services.evaluate_masks_facts import ScoredMasks
 from medssl_cli.services.evaluate_masks_groups import CaseTables, case_rows, patients_of, tables_at, with_patients
 from medssl_cli.services.evaluate_masks_request import MasksConfig, refuse_idle_lesion_keys
 from medssl_cli.services.evaluate_masks_worst import WorstCases
-from medssl_cli.services.evaluate_model import CASES, read_seen
 from medssl_cli.services.evaluate_request import COMMAND, EvaluateRequest, Failure, Progress
+from medssl_cli.services.evaluate_seen import CASES, SEEN, read_seen, refuse_seen
 from medssl_cli.services.segment_ct_pet import listed_triples
 from medssl_cli.services.segmentation_inference import InferSegmentConfig, decide, segment_case, threshold_of
 from medssl_cli.services.segmenter import Segmenter, open_segmenter
@@ -59,7 +59,6 @@ from medssl_cli.services.slice_pipeline import segment_pictures
 
 log = logging.getLogger(__name__)
 
-SEEN = ("train", "val")
 TEST = "test"
 _UNIT_NOTE = "Pictures have no spacing: distances and the tolerance are in pixels, volumes are not known."
 
@@ -243,7 +242,7 @@ def _labelled(
         raise DataError(
             "There is no such data folder.", where=hide_home(str(root)), fix="check --data", code="data_missing"
         )
-    seen_cases, seen_patients = read_seen(segmenter.run / CASES, "network")
+    seen_cases, _ = read_seen(segmenter.run / CASES, "network")
     find = _ct_pet_cases if segmenter.task == "ct-pet" else _semantic_cases
     parts = find(request, segmenter, root, failures)
     name = _part_name(request, parts, root)
@@ -260,7 +259,7 @@ def _labelled(
             code="part_empty",
         )
     if request.split not in SEEN:
-        _refuse_seen(cases, name, seen_cases, seen_patients)
+        refuse_seen(segmenter.run, name, ((case.case_id, case.patient_id) for case in cases), "network")
     return sorted(cases, key=lambda case: case.case_id), name
 
 
@@ -281,26 +280,6 @@ def _part_name(request: EvaluateRequest, parts: Mapping[str, Sequence[_Labelled]
         fix="name one of these with --split, or give --splits with the folder of `medssl split`",
         code="part_missing",
     )
-
-
-def _refuse_seen(
-    cases: Sequence[_Labelled], part: str, seen_cases: Mapping[str, str], seen_patients: Mapping[str, str]
-) -> None:
-    shared = []
-    for case in cases:
-        if case.case_id in seen_cases:
-            shared.append(f"case {case.case_id} ({seen_cases[case.case_id]})")
-        elif case.patient_id in seen_patients:
-            shared.append(f"patient {case.patient_id} ({seen_patients[case.patient_id]}), case {case.case_id}")
-    if shared:
-        more = f"\nand {len(shared) - 8} more" if len(shared) > 8 else ""
-        raise DataError(
-            f"The network has seen {counted(len(shared), 'case')} of part {part}: scores would be too good.",
-            where="\n".join(shared[:8]) + more,
-            fix="evaluate a part held back, or ask for --split train or val by name; other people of the same ids need "
-            "ids of their own",
-            code="split_leak",
-        )
 
 
 def _lists(request: EvaluateRequest) -> dict[str, Path]:

@@ -7,7 +7,6 @@ Letters: N slices of a case, R rows of a feature part, C outputs of the head, D 
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections import defaultdict
@@ -20,7 +19,7 @@ import numpy as np
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.config import changed_keys, leaves, load_config
-from medssl_cli.core.errors import CheckpointError, ConfigError, DataError
+from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.wording import counted
 from medssl_cli.data.feature_cache import FeatureCache
@@ -51,6 +50,7 @@ from medssl_cli.services.evaluate_request import (
     chosen_thresholds,
     refuse_needless_threshold,
 )
+from medssl_cli.services.evaluate_seen import SEEN, refuse_seen
 from medssl_cli.services.extract_cohort import Cohort, asked_cohort
 from medssl_cli.services.extract_features import (
     CLASS_FOLDER,
@@ -71,9 +71,6 @@ from medssl_cli.services.predictions import PredictionTable, prediction_table
 log = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "test"
-CASES = "cases.csv"
-"""In a head run: the cases that it was trained (train) and chosen (val) on."""
-_SEEN = ("train", "val")
 _SAME_VECTOR = 1e-7
 """Cosine distance below which two vectors are of one image; stored rows are rounded to float32."""
 
@@ -120,7 +117,7 @@ def score_model(request: EvaluateRequest, data: Path, progress: Progress | None 
     """
     config = load_config(EvaluateConfig, None, recipes=COMMAND, overrides=request.overrides)
     source = _stored(request, data) if is_features(data) else _computed(request, config, data, progress)
-    if request.split not in _SEEN:
+    if request.split not in SEEN:
         _refuse_copies(source)
     head, part = source.head, source.part
     case_ids, values_NC = head.values_of_rows(part)
@@ -188,7 +185,7 @@ def _data_facts(source: _Source, table: PredictionTable) -> dict[str, Any]:
         "split": source.part.name,
         "split_asked": source.asked,
         "split_digest": split_digest(table.case_ids),
-        "held_back": source.part.name not in _SEEN,
+        "held_back": source.part.name not in SEEN,
         "feature_digest": source.info.get("feature_digest"),
     }
 
@@ -210,7 +207,7 @@ def _model_facts(head: Head) -> dict[str, Any]:
 
 
 def _notes(source: _Source) -> tuple[str, ...]:
-    if source.part.name in _SEEN:
+    if source.part.name in SEEN:
         return (
             f"The head was {'trained' if source.part.name == 'train' else 'chosen and calibrated'} on this part: "
             "these numbers tell nothing of new patients.",
@@ -270,8 +267,8 @@ def _stored(request: EvaluateRequest, data: Path) -> _Source:
     _refuse_other_settings(head, features, data)
     asked = request.split or DEFAULT_SPLIT
     part = features.part(_part_name(features.names, asked, data))
-    if request.split not in _SEEN:
-        _refuse_seen(head, part.name, ((row.case_id, row.patient_id) for row in part.rows))
+    if request.split not in SEEN:
+        refuse_seen(head.folder, part.name, ((row.case_id, row.patient_id) for row in part.rows))
     of_images = all(facts.spacing_mm is None for facts in part.facts.values()) and bool(part.facts)
     return _Source(head, part, features.info, asked, data, "cpu", of_images=of_images)
 
@@ -296,8 +293,8 @@ def _computed(request: EvaluateRequest, config: EvaluateConfig, data: Path, prog
     asked = request.split or DEFAULT_SPLIT
     listed = request.split_csv is not None
     part_name = next(iter(cohort.parts)) if listed else _part_name(tuple(cohort.parts), asked, data)
-    if request.split not in _SEEN:
-        _refuse_seen(head, part_name, ((case.case_id, case.patient_id) for case in cohort.parts[part_name]))
+    if request.split not in SEEN:
+        refuse_seen(head.folder, part_name, ((case.case_id, case.patient_id) for case in cohort.parts[part_name]))
     part, labels, failed = _computed_part(request, head, embedder, cohort, part_name, progress)
     log.info("%s: %d forward passes, %d slices from the cache", part_name, embedder.forward_passes, embedder.cache_hits)
     tables = [path for path in (data, data / "labels.csv", data / "cases.csv") if path.is_file()]
@@ -378,36 +375,6 @@ def _short(value: object) -> str:
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_seen(head: Head, name: str, cases: Iterable[tuple[str, str]]) -> None:
-    """Refuse a part with patients and cases that the head was trained or chosen on.
-
-    Args:
-        head: With the list of these cases.
-        name: Of the part.
-        cases: (case id, patient id) of the part.
-
-    Raises:
-        DataError: ``split_leak``.
-        CheckpointError: The list of these cases cannot be read.
-    """
-    seen_cases, seen_patients = read_seen(head.folder / CASES)
-    shared = []
-    for case_id, patient_id in dict(cases).items():
-        if case_id in seen_cases:
-            shared.append(f"case {case_id} ({seen_cases[case_id]})")
-        elif patient_id in seen_patients:
-            shared.append(f"patient {patient_id} ({seen_patients[patient_id]}), case {case_id}")
-    if shared:
-        more = f"\nand {len(shared) - 8} more" if len(shared) > 8 else ""
-        raise DataError(
-            f"The head has seen {counted(len(shared), 'case')} of part {name}: scores would be too good.",
-            where="\n".join(shared[:8]) + more,
-            fix="evaluate a part held back, or ask for --split train or val by name; other people of the same ids need "
-            "ids of their own",
-            code="split_leak",
-        )
-
-
 def _refuse_copies(source: _Source) -> None:
     """Refuse training images under other names: their vectors are those of training cases.
 
@@ -437,26 +404,6 @@ def _refuse_copies(source: _Source) -> None:
             fix="leave them out, or ask for --split train by name",
             code="split_leak",
         )
-
-
-def read_seen(path: Path, what: str = "head") -> tuple[dict[str, str], dict[str, str]]:
-    """(part by case, part by patient) of a run: what it was trained and chosen on.
-
-    Raises:
-        CheckpointError: The list cannot be read.
-    """
-    try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [(row["part"], row["case_id"], row["patient_id"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, csv.Error) as error:
-        raise CheckpointError(
-            f"The list of the cases that the {what} was trained on cannot be read.",
-            where=f"{hide_home(str(path))}: {error}",
-            fix=f"copy the whole run folder of the {what}",
-            code="head_cases_missing",
-        ) from error
-    kept = [row for row in rows if row[0] in _SEEN]
-    return {case_id: part for part, case_id, _ in kept}, {patient: part for part, _, patient in kept if patient}
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from pydantic import PositiveInt
 
 from medssl_cli.core.config import Config
 from medssl_cli.core.errors import ConfigError
+from medssl_cli.core.run import hide_home
 from medssl_cli.data.feature_store import Row
 from medssl_cli.data.store import default_cache
+from medssl_cli.report.eval_page import group_unit
 from medssl_cli.services.lookup import model_paths
 from medssl_cli.services.predictions import TASKS, PredictionTable, Task
 
@@ -23,6 +25,8 @@ Progress = Callable[[int, int], None]
 Failure = tuple[str, str, str, str]
 """(case_id, path, reason, fix)."""
 SPLITS = ("train", "val", "test", "all")
+LEAST_GROUPS = 20
+"""Of fewer patients the percentile bootstrap covers clearly less than the 95 % that it names."""
 
 
 class EvaluateConfig(Config):
@@ -264,3 +268,19 @@ def chosen_thresholds(
     if own is not None:
         return np.asarray(own, dtype=np.float64), rule
     return np.full(outputs, 0.5), "0.5, as none was chosen"
+
+
+def few_groups_note(n_groups: int, group_by: str) -> list[str]:
+    """What is to be said of intervals over few patients; nothing where there are enough."""
+    if n_groups >= LEAST_GROUPS:
+        return []
+    return [
+        f"Intervals of {n_groups} {group_unit(group_by, n_groups)} are too narrow: the bootstrap cannot draw what it "
+        "has not seen, and an interval without width is no certainty."
+    ]
+
+
+def config_facts(request: EvaluateRequest) -> dict[str, Any]:
+    """What was asked for, for ``metrics.json``; the output folder is left out."""
+    kept = {name: value for name, value in asdict(request).items() if name not in ("out", "overwrite")}
+    return {name: hide_home(str(value)) if isinstance(value, Path) else value for name, value in kept.items()}

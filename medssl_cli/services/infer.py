@@ -14,7 +14,6 @@ import numpy as np
 
 from medssl_cli.core.case import Case
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import ConfigError
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import result_header, temporary_folder, write_json
 from medssl_cli.core.wording import counted
@@ -27,7 +26,7 @@ from medssl_cli.services.dicom_export import check_dicom_source, dicom_formats
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.head import Head, open_head
 from medssl_cli.services.heatmaps import HEAD_METHODS, InferConfig, look, look_with_head
-from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, infer_cohort, needless
+from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, check_threshold, infer_cohort, needless
 from medssl_cli.services.infer_head import Limits, check_class, describe, judge, limits_of, lines_of
 from medssl_cli.services.lookup import FoundModel, find_model
 from medssl_cli.services.predictions import prediction_table, write_predictions
@@ -137,13 +136,7 @@ def _config(request: InferRequest) -> InferConfig:
             f"mask_threshold={config.mask_threshold}",
             "add --heatmap --dicom seg, or leave the key out",
         )
-    if request.threshold is not None and not 0 < request.threshold < 1:
-        raise ConfigError(
-            "A threshold lies between 0 and 1.",
-            where=f"--threshold {request.threshold}",
-            fix="give a number above 0 and below 1",
-            code="threshold_range",
-        )
+    check_threshold(request)
     return config
 
 

@@ -163,3 +163,18 @@ def partial_failure(failures: Sequence[Failure], count: int, out: Path) -> Parti
 def needless(what: str, where: str, fix: str) -> ConfigError:
     """An option or a key that would have no effect."""
     return ConfigError(what, where=where, fix=fix, code="config_invalid")
+
+
+def check_threshold(request: InferRequest) -> None:
+    """Refuse a threshold that decides nothing.
+
+    Raises:
+        ConfigError: Not above 0 and below 1.
+    """
+    if request.threshold is not None and not 0 < request.threshold < 1:
+        raise ConfigError(
+            "A threshold lies between 0 and 1.",
+            where=f"--threshold {request.threshold}",
+            fix="give a number above 0 and below 1",
+            code="threshold_range",
+        )

@@ -20,7 +20,7 @@ from medssl_cli.services.case_results import publish, shown
 from medssl_cli.services.ct_pet_volume import CtPetInferConfig, as_volumes, refuse_incomplete, windows_of
 from medssl_cli.services.devices import resolve_device
 from medssl_cli.services.dicom_export import check_dicom_source
-from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, infer_cohort, needless
+from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, check_threshold, infer_cohort, needless
 from medssl_cli.services.infer_pairs import infer_pairs, paired_folders
 from medssl_cli.services.lookup import FoundModel, read_segmenter_card
 from medssl_cli.services.segment_dicom import segment_formats
@@ -111,13 +111,7 @@ def _refuse_idle(request: InferRequest) -> None:
 def _config(request: InferRequest, kind: type[InferSegmentConfig]) -> InferSegmentConfig:
     flags = {"tta": request.tta or None, "save_probabilities": request.save_probabilities or None}
     config = load_config(kind, None, recipes=COMMAND, flags=flags, overrides=request.overrides)
-    if request.threshold is not None and not 0 < request.threshold < 1:
-        raise ConfigError(
-            "A threshold lies between 0 and 1.",
-            where=f"--threshold {request.threshold}",
-            fix="give a number above 0 and below 1",
-            code="threshold_range",
-        )
+    check_threshold(request)
     return config
 
 
