@@ -18,6 +18,7 @@ import numpy as np
 from medssl_cli.core.errors import DataError
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.wording import counted
+from medssl_cli.data.images import is_image
 from medssl_cli.data.manifest import say_some
 from medssl_cli.metrics import lesions, segmentation, surface
 from medssl_cli.metrics.comparison import PERMUTATION_DEFINITION, paired_permutation
@@ -470,16 +471,23 @@ def _mean(values_NC: np.ndarray, _labels: np.ndarray) -> float:
     return float(values_NC.mean())
 
 
+def _plain_id(case_id: str) -> str:
+    """The id of a picture without its suffix: a data set names its files, a folder of predictions their stems."""
+    return Path(case_id).stem if is_image(Path(case_id)) else case_id
+
+
 def _aligned(scored: ScoredMasks, other: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Rows of the other evaluation in the order of these cases.
 
     Raises:
         DataError: They are of other cases, structures or references.
     """
-    rows = {row["case_id"]: row for row in other["per_image"]}
-    own = {case.case_id: case for case in scored.cases}
+    rows = {_plain_id(row["case_id"]): row for row in other["per_image"]}
+    own = {_plain_id(case.case_id): case for case in scored.cases}
     faults = []
-    if list(other.get("classes") or ()) != list(scored.classes):
+    theirs = list(other.get("classes") or ())
+    one_each = len(theirs) == len(scored.classes) == 2  # files tell no name of their one structure
+    if theirs != list(scored.classes) and not one_each:
         faults.append(f"structures {', '.join((other.get('classes') or ())[1:])}; here {', '.join(scored.structures)}")
     if (other.get("tolerance"), other.get("hd_empty")) != (scored.options.tolerance, scored.options.hd_empty):
         faults.append(
@@ -503,4 +511,4 @@ def _aligned(scored: ScoredMasks, other: Mapping[str, Any], folder: Path) -> lis
             fix="evaluate both with the same references and options",
             code="comparison_differs",
         )
-    return [rows[case.case_id] for case in scored.cases]
+    return [rows[_plain_id(case.case_id)] for case in scored.cases]

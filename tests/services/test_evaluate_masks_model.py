@@ -260,6 +260,27 @@ def test_slices_of_ct_and_pet_are_measured_by_patient(ct_pet_run: Path, tmp_path
         assert [line["name"] for line in csv.DictReader(file)] == [row["name"] for row in facts["per_image"]]
 
 
+def test_a_run_is_compared_with_masks_of_any_origin_over_the_same_slices(ct_pet_run: Path, tmp_path: Path) -> None:
+    data = write_discs(tmp_path / "data", {"train": 4, "val": 4, "test": 8}, seed=2)
+    for path in (data / "test" / "masks").iterdir():  # half of each lesion
+        truth_HW = np.asarray(Image.open(path)).copy()
+        truth_HW[np.argwhere(truth_HW > 0)[:, 0].mean().astype(int) :] = 0
+        write_image(tmp_path / "half" / path.name, truth_HW)
+    files = EvaluateRequest(
+        out=tmp_path / "files",
+        predictions=tmp_path / "half",
+        reference=data / "test" / "masks",
+        group_pattern="(.+)_slice_",
+        draws=20,
+    )
+    evaluate(files)
+    facts = measured(tmp_path / "out", ct_pet_run, data, compare=tmp_path / "files")
+    theirs = json.loads((tmp_path / "files" / "metrics.json").read_text(encoding="utf-8"))
+    expected = facts["metrics"]["dice"]["value"] - theirs["metrics"]["dice"]["value"]
+    assert facts["comparison"]["tests"]["dice"]["difference"] == pytest.approx(expected)
+    assert expected > 0.1
+
+
 def test_a_damaged_slice_stops_or_is_listed(ct_pet_run: Path, tmp_path: Path) -> None:
     data = write_discs(tmp_path / "data", {"train": 4, "val": 4, "test": 8}, seed=2)
     broken = sorted((data / "test" / "PET").iterdir())[3]
