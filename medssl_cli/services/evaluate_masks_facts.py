@@ -431,6 +431,10 @@ def comparison_facts(scored: ScoredMasks, folder: Path, draws: int, seed: int) -
         own = scored.of_cases(name)
         theirs = np.array([math.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
         tests[name] = _test(own, theirs, scored.groups, draws, seed)
+        if name == "dice":  # an empty pair counts 1 and any voxel in it 0, which may outweigh all the rest
+            present_N = np.array([row["tp"] + row["fn"] > 0 for row in rows])
+            own, theirs = (np.where(present_N, values_N, math.nan) for values_N in (own, theirs))
+            tests["dice_non_empty"] = _test(own, theirs, scored.groups, draws, seed)
     first = next(iter(tests))
     return {
         "other": hide_home(str(folder)),

@@ -510,6 +510,10 @@ def test_another_run_is_compared_by_a_paired_permutation(tmp_path: Path) -> None
     assert test["difference"] == pytest.approx((1 - dices).mean())
     # exact: of 64 swaps a difference this large needs the three cases that differ to stay together, either way
     assert test["p"] == pytest.approx(2 * 2**3 / 64)
+    present = [bool((r == 1).any()) for _, r in maps]
+    filled = facts["comparison"]["tests"]["dice_non_empty"]
+    assert filled["n"] == sum(present) < len(maps)
+    assert filled["difference"] == pytest.approx((1 - dices)[present].mean())
     with pytest.raises(DataError) as caught:
         run(tmp_path / "third", *write_folders(tmp_path / "other", label_maps(5)), compare=tmp_path / "first")
     assert caught.value.code == "comparison_differs"
