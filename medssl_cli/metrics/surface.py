@@ -61,7 +61,10 @@ class SurfaceDistances(NamedTuple):
         return float(pooled.mean()) if len(pooled) else math.nan
 
     def share_within(self, tolerance: float) -> float:
-        """Share of the boundary voxels of both at most ``tolerance`` away; 0 if one mask is empty, NaN if both."""
+        """Share of the boundary voxels of both at most ``tolerance`` away; 0 if one mask is empty, NaN if both.
+
+        Source: Nikolov et al. 2018, with voxels of the boundary in place of surface elements.
+        """
         total = self.n_prediction + self.n_reference
         if not total:
             return math.nan
@@ -113,21 +116,6 @@ def hausdorff_95(
     distances.
     """
     return surface_distances(prediction, reference, spacing).percentile(percentile)
-
-
-def average_surface_distance(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
-    """Average symmetric surface distance: mean of the pooled distances in mm; NaN if either mask is empty."""
-    return surface_distances(prediction, reference, spacing).mean()
-
-
-def normalised_surface_dice(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance_mm: float
-) -> float:
-    """Share of both boundaries within a tolerance; 0 if one mask is empty, NaN if both are.
-
-    Source: Nikolov et al. 2018, with voxels of the boundary in place of surface elements.
-    """
-    return surface_distances(prediction, reference, spacing).share_within(tolerance_mm)
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:

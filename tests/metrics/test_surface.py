@@ -48,9 +48,11 @@ def test_distances_equal_loops_from_the_definition(shape: tuple[int, ...], spaci
         assert sorted(found.pooled) == pytest.approx(sorted(pooled), abs=1e-12)
         assert surface.hausdorff_95(prediction, reference, spacing) == pytest.approx(np.percentile(pooled, 95))
         assert surface.hausdorff_95(prediction, reference, spacing, percentile=100) == pytest.approx(max(pooled))
-        assert surface.average_surface_distance(prediction, reference, spacing) == pytest.approx(np.mean(pooled))
+        assert surface.surface_distances(prediction, reference, spacing).mean() == pytest.approx(np.mean(pooled))
         within = np.mean(np.array(pooled) <= spacing[-1] + 1e-9)
-        assert surface.normalised_surface_dice(prediction, reference, spacing, spacing[-1]) == pytest.approx(within)
+        assert surface.surface_distances(prediction, reference, spacing).share_within(spacing[-1]) == pytest.approx(
+            within
+        )
 
 
 def test_two_squares_by_hand() -> None:
@@ -130,10 +132,10 @@ def test_empty_masks_have_no_distance_and_a_stated_share() -> None:
     dot[2, 2] = True
     for pair in ((empty, dot), (dot, empty), (empty, empty)):
         assert math.isnan(surface.hausdorff_95(*pair, (1.0, 1.0)))
-        assert math.isnan(surface.average_surface_distance(*pair, (1.0, 1.0)))
-    assert surface.normalised_surface_dice(empty, dot, (1.0, 1.0), 2) == 0
-    assert surface.normalised_surface_dice(dot, empty, (1.0, 1.0), 2) == 0
-    assert math.isnan(surface.normalised_surface_dice(empty, empty, (1.0, 1.0), 2))
+        assert math.isnan(surface.surface_distances(*pair, (1.0, 1.0)).mean())
+    assert surface.surface_distances(empty, dot, (1.0, 1.0)).share_within(2) == 0
+    assert surface.surface_distances(dot, empty, (1.0, 1.0)).share_within(2) == 0
+    assert math.isnan(surface.surface_distances(empty, empty, (1.0, 1.0)).share_within(2))
     assert surface.diagonal((30, 40), (1.0, 1.0)) == 50
     assert surface.diagonal((1, 30, 40), (9.0, 2.0, 2.0)) == 100
 
@@ -149,7 +151,7 @@ def test_the_image_border_is_a_boundary() -> None:
 def test_a_tolerance_is_met_in_spite_of_rounding() -> None:
     first, second = np.zeros((3, 40), bool), np.zeros((3, 40), bool)
     first[1, 1], second[1, 21] = True, True
-    assert surface.normalised_surface_dice(first, second, (0.1, 0.1), 2.0) == 1
+    assert surface.surface_distances(first, second, (0.1, 0.1)).share_within(2.0) == 1
 
 
 def test_grids_that_do_not_fit_are_refused() -> None:

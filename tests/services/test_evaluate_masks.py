@@ -14,7 +14,7 @@ from PIL import Image
 
 from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.metrics.segmentation import counts, dice
-from medssl_cli.metrics.surface import average_surface_distance
+from medssl_cli.metrics.surface import surface_distances
 from medssl_cli.services.evaluate import EvaluateRequest, evaluate
 from medssl_cli.services.evaluate_masks_files import core_name, find_pairs
 
@@ -99,7 +99,7 @@ def test_numbers_equal_single_metrics(folders: tuple[Path, Path], evaluated: tup
 def test_distances_are_in_mm_of_the_file(evaluated: tuple[Path, dict[str, Any]]) -> None:
     _, facts = evaluated
     prediction, reference = label_maps(5)[2]
-    mean = average_surface_distance(prediction.T > 0, reference.T > 0, ZOOMS[::-1])
+    mean = surface_distances(prediction.T > 0, reference.T > 0, ZOOMS[::-1]).mean()
     assert facts["per_image"][2]["assd"] == pytest.approx(mean)
     rows = read_csv(evaluated[0] / "per_case.csv")
     error = (int((prediction > 0).sum()) - int((reference > 0).sum())) * math.prod(ZOOMS) / 1000
