@@ -11,7 +11,7 @@ Sources: Dice: Milletari et al. 2016 (V-Net); Tversky: Salehi et al. 2017; focal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,12 +53,18 @@ class SegmentationLossConfig(Config):
     """Let the background count as one of the classes that Dice, IoU and Tversky are averaged over."""
 
     @model_validator(mode="after")
-    def _has_something_to_learn(self) -> SegmentationLossConfig:
-        if self.loss_type == "combined" and not self.dice_weight + self.ce_weight:
-            raise ValueError("dice_weight and ce_weight are both 0: there is nothing to learn")
-        if self.loss_type == "tversky" and not self.fn_weight + self.fp_weight:
-            raise ValueError("fn_weight and fp_weight are both 0: there is nothing to learn")
+    def _fit_together(self) -> SegmentationLossConfig:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
+
+    def _faults(self) -> Iterator[str]:
+        """What does not go together; a configuration with more keys adds its own."""
+        if self.loss_type == "combined" and not self.dice_weight + self.ce_weight:
+            yield "dice_weight and ce_weight are both 0: there is nothing to learn"
+        if self.loss_type == "tversky" and not self.fn_weight + self.fp_weight:
+            yield "fn_weight and fp_weight are both 0: there is nothing to learn"
 
 
 class Areas(NamedTuple):

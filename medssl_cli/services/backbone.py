@@ -7,8 +7,6 @@ h w patches, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medssl_cli.core.case import Case
-from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ResourceError
+from medssl_cli.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from medssl_cli.core.run import hide_home
 from medssl_cli.core.volume import AXIAL, affine_spacing
 from medssl_cli.data.images import is_image
@@ -282,24 +280,6 @@ def _limits(prepared: Prepared, backbone: Backbone) -> tuple[np.ndarray, np.ndar
         for name, volume in zip(backbone.sequences, images_SZYX, strict=True)
     ]
     return images_SZYX, np.stack([low for low, _ in limits]), np.stack([high for _, high in limits])
-
-
-@contextmanager
-def saying_memory(backbone: Backbone) -> Iterator[None]:
-    """Turn a lack of memory into an error that tells what to do.
-
-    Raises:
-        ResourceError: Out of memory.
-    """
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(
-            "There is not enough memory for this case.",
-            where=describe_device(backbone.device),
-            fix="pass batch_size=1, a smaller max_side, or --device cpu",
-            code="memory_full",
-        ) from error
 
 
 def _picture_planes(case: Case, backbone: Backbone) -> Planes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from medssl_cli.core.errors import ConfigError, ResourceError
@@ -45,3 +48,25 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
+
+
+@contextmanager
+def saying_memory(device: torch.device, keys: str = "batch_size=1, a smaller max_side") -> Iterator[None]:
+    """Turn a lack of memory into an error that tells what to do.
+
+    Args:
+        device: Where it is computed.
+        keys: Settings that need less.
+
+    Raises:
+        ResourceError: Out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            "There is not enough memory for this case.",
+            where=describe_device(device),
+            fix=f"pass {keys}, or --device cpu",
+            code="memory_full",
+        ) from error

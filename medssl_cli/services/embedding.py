@@ -39,8 +39,9 @@ from medssl_cli.data.resample import Grid
 from medssl_cli.data.views import normalize
 from medssl_cli.models.convnext import ConvNeXt
 from medssl_cli.models.vit import VisionTransformer
-from medssl_cli.services.backbone import PLAIN, Backbone, Planes, planes_of, read_planes, saying_memory
+from medssl_cli.services.backbone import PLAIN, Backbone, Planes, planes_of, read_planes
 from medssl_cli.services.case_vectors import CaseVectors, of_arrays, pooled, to_arrays
+from medssl_cli.services.devices import saying_memory
 from medssl_cli.services.embedding_config import ExtractConfig, backbone_facts, check_fits, decisions
 from medssl_cli.services.joined_slices import Job, Joined
 from medssl_cli.services.read_ahead import read_ahead
@@ -156,7 +157,7 @@ class Embedder:
     def network_input(self, planes: Planes, indices: np.ndarray) -> Tensor:
         """(B, S, H, W) of some slices on the network's device: limits applied, resized, normalised."""
         size = self.network_size(planes)
-        with saying_memory(self.backbone):
+        with saying_memory(self.backbone.device):
             images = planes.batch(indices)
             if self.config.resize is None:
                 return self.backbone.to_network(images, size)
@@ -173,7 +174,7 @@ class Embedder:
             NonFiniteError: The network gave NaN or infinity.
         """
         available_BS = np.repeat(planes.available_S[None], len(indices), axis=0)
-        with saying_memory(self.backbone):
+        with saying_memory(self.backbone.device):
             _, patches = self._compute(self.network_input(planes, indices), available_BS, with_patches=True)
         self.forward_passes += len(indices)
         assert patches is not None
@@ -294,7 +295,7 @@ class Embedder:
                 job.result = self._cached(job)
                 if job.result is None:
                     if planes is None or facts is None:
-                        with saying_memory(self.backbone):
+                        with saying_memory(self.backbone.device):
                             planes = self.planes(case)
                             facts = self._facts(case, planes)
                     job.planes, job.facts, job.indices_N = planes, facts, self.indices(planes)
@@ -405,7 +406,7 @@ class Embedder:
             ResourceError: Out of memory.
         """
         with_patches = "patch" in self.config.tokens
-        with saying_memory(self.backbone):
+        with saying_memory(self.backbone.device):
             vectors_BD, patches_BShwE = self._compute(images_BSHW, available_BS, with_patches=with_patches)
             self.forward_passes += len(images_BSHW)
             return vectors_BD.cpu().numpy(), None if patches_BShwE is None else patches_BShwE.cpu().numpy()

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from medssl_cli.core.errors import DataError, PartialFailure
+from medssl_cli.core.errors import DataError
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import (
     RESEARCH_NOTE,
     check_out_folder,
     claim_out_folder,
-    hide_home,
     locked,
     plain,
     provenance,
@@ -37,6 +36,7 @@ from medssl_cli.report.eval_page import group_unit
 from medssl_cli.services import evaluate_groups, evaluate_missing
 from medssl_cli.services.evaluate_comparison import comparison_facts, read_evaluation
 from medssl_cli.services.evaluate_files import score_files
+from medssl_cli.services.evaluate_lines import partly_evaluated, said_interval, said_test, short_number
 from medssl_cli.services.evaluate_masks_request import is_masks
 from medssl_cli.services.evaluate_measures import DELONG_DEFINITION, case_losses, delong_facts, measure, measured_facts
 from medssl_cli.services.evaluate_request import (
@@ -80,7 +80,7 @@ def evaluate(request: EvaluateRequest, *, progress: Progress | None = None) -> R
     facts = plain({**result_header(COMMAND, started), **found, "provenance": provenance()})
     with locked(request.out, "output folder"):
         _write(request.out, scored, facts, claim)
-    return Result(_lines(facts, request.out), facts, _partial(scored, request.out))
+    return Result(_lines(facts, request.out), facts, partly_evaluated(scored.failures, request.out))
 
 
 def measured(request: EvaluateRequest, *, progress: Progress | None = None) -> tuple[Scored, dict[str, Any]]:
@@ -267,7 +267,7 @@ def _lines(facts: Mapping[str, Any], out: Path) -> list[str]:
         lines.append(f"  {name:<{width}}  {_said_metric(name, metric, unit)}")
     lines += _said_classes(facts, unit)
     if facts["comparison"] is not None:
-        lines += [_said_test(name, test) for name, test in facts["comparison"]["tests"].items()]
+        lines += [said_test(name, test) for name, test in facts["comparison"]["tests"].items()]
     return [*lines, f"report: {out / 'report.html'}"]
 
 
@@ -285,16 +285,9 @@ def _said_metric(name: str, metric: Mapping[str, Any], unit: str) -> str:
     """``0.912  (0.851 to 0.962)  38 patients`` of one metric."""
     if metric["value"] is None:
         return f"-      {metric.get('reason', '')}"
-    value = f"{metric['value']:.0f}" if name == "n_positives" else _short(metric["value"])
-    interval = ""
-    if metric["ci_low"] is not None:
-        interval = f"  ({_short(metric['ci_low'])} to {_short(metric['ci_high'])})"
+    value = f"{metric['value']:.0f}" if name == "n_positives" else short_number(metric["value"])
     reason = f"  {metric['reason']}" if metric.get("reason") else ""
-    return f"{value}{interval}  {metric['n_groups']} {unit}{reason}"
-
-
-def _short(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 10 else f"{value:.4g}"  # + 0.0: never -0.000
+    return f"{value}{said_interval(metric)}  {metric['n_groups']} {unit}{reason}"
 
 
 def _said_thresholds(facts: Mapping[str, Any]) -> str:
@@ -303,21 +296,3 @@ def _said_thresholds(facts: Mapping[str, Any]) -> str:
         return str(facts["threshold_source"])
     shown = [f"{value:.3g}" for value in dict.fromkeys(values)]
     return f"threshold {', '.join(shown[:6])}{' ...' if len(shown) > 6 else ''} ({facts['threshold_source']})"
-
-
-def _said_test(name: str, test: Mapping[str, Any]) -> str:
-    difference = "-" if test["difference"] is None else f"{round(test['difference'], 3) + 0.0:+.3f}"
-    p = "-" if test["p"] is None else f"{test['p']:.3g}"
-    return f"  compared, {name}: {difference}, p = {p} ({test['method']})"
-
-
-def _partial(scored: Scored, out: Path) -> PartialFailure | None:
-    if not scored.failures:
-        return None
-    return PartialFailure(
-        f"{counted(len(scored.failures), 'case')} could not be read and {'is' if len(scored.failures) == 1 else 'are'} "
-        "not evaluated.",
-        where=hide_home(str(out / "failures.csv")),
-        fix="see the reasons there; the other cases are evaluated",
-        code="cases_failed",
-    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl_cli.core.config import load_config
-from medssl_cli.core.errors import ConfigError, DataError, PartialFailure
+from medssl_cli.core.errors import ConfigError, DataError
 from medssl_cli.core.result import Result
 from medssl_cli.core.run import (
     RESEARCH_NOTE,
@@ -35,6 +35,7 @@ from medssl_cli.core.wording import counted
 from medssl_cli.data.label_maps import LabelSpec
 from medssl_cli.data.manifest import say_some, split_digest
 from medssl_cli.report.eval_page import group_unit, metric_name
+from medssl_cli.services.evaluate_lines import partly_evaluated, said_interval, said_test, short_number
 from medssl_cli.services.evaluate_masks_cases import (
     GRID_FIX,
     CaseScores,
@@ -115,7 +116,7 @@ def evaluate_masks(request: EvaluateRequest, *, progress: Progress | None = None
         facts = plain({**result_header(COMMAND, started), **_facts(request, scored, worst), "provenance": provenance()})
         with locked(request.out, "output folder"):
             _write(request.out, scored, facts, worst, claim, saved)
-    return Result(_lines(facts, request.out), facts, _partial(scored, request.out))
+    return Result(_lines(facts, request.out), facts, partly_evaluated(scored.failures, request.out, "read or compared"))
 
 
 def _scratch(stack: ExitStack, request: EvaluateRequest) -> Path:
@@ -454,7 +455,7 @@ def _lines(facts: Mapping[str, Any], out: Path) -> list[str]:
             if found["metrics"][metric]["value"] is not None
         ]
     if facts["comparison"] is not None:
-        lines += [_said_test(name, test) for name, test in facts["comparison"]["tests"].items()]
+        lines += [said_test(metric_name(name), test) for name, test in facts["comparison"]["tests"].items()]
     return [*lines, f"report: {out / 'report.html'}"]
 
 
@@ -474,29 +475,6 @@ def _said(metric: Mapping[str, Any]) -> str:
     """``0.781 ± 0.040  (0.765 to 0.796)  16 cases``."""
     if metric["value"] is None:
         return f"-      {metric.get('reason', '')}"
-    std = "" if metric.get("std") is None else f" ± {_short(metric['std'])}"
-    interval = "" if metric["ci_low"] is None else f"  ({_short(metric['ci_low'])} to {_short(metric['ci_high'])})"
+    std = "" if metric.get("std") is None else f" ± {short_number(metric['std'])}"
     reason = f"  {metric['reason']}" if metric.get("reason") else ""
-    return f"{_short(metric['value'])}{std}{interval}  {counted(metric['n'], 'case')}{reason}"
-
-
-def _short(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 10 else f"{value:.4g}"  # + 0.0: never -0.000
-
-
-def _said_test(name: str, test: Mapping[str, Any]) -> str:
-    difference = "-" if test["difference"] is None else f"{round(test['difference'], 3) + 0.0:+.3f}"
-    p = "-" if test["p"] is None else f"{test['p']:.3g}"
-    return f"  compared, {metric_name(name)}: {difference}, p = {p} ({test['method']})"
-
-
-def _partial(scored: ScoredMasks, out: Path) -> PartialFailure | None:
-    if not scored.failures:
-        return None
-    return PartialFailure(
-        f"{counted(len(scored.failures), 'case')} could not be read or compared and "
-        f"{'is' if len(scored.failures) == 1 else 'are'} not evaluated.",
-        where=hide_home(str(out / "failures.csv")),
-        fix="see the reasons there; the other cases are evaluated",
-        code="cases_failed",
-    )
+    return f"{short_number(metric['value'])}{std}{said_interval(metric)}  {counted(metric['n'], 'case')}{reason}"

@@ -18,10 +18,10 @@ from medssl_cli.core.result import Result
 from medssl_cli.core.run import result_header, temporary_folder, write_json
 from medssl_cli.core.wording import counted
 from medssl_cli.models.vit import VisionTransformer
-from medssl_cli.services.backbone import Backbone, open_backbone, read_planes, saying_memory
+from medssl_cli.services.backbone import Backbone, open_backbone, read_planes
 from medssl_cli.services.case_input import Named, Wanted, found_case, guessed_sequence, named_cases
 from medssl_cli.services.case_results import CaseResults, publish, shown
-from medssl_cli.services.devices import resolve_device
+from medssl_cli.services.devices import resolve_device, saying_memory
 from medssl_cli.services.dicom_export import check_dicom_source, dicom_formats
 from medssl_cli.services.embedding import Embedder
 from medssl_cli.services.head import Head, open_head
@@ -99,7 +99,7 @@ def infer(request: InferRequest, *, progress: Progress | None = None) -> Result:
         infer_case,
         started=started,
         lines=lambda summary: _lines(summary, request, several=several),
-        saying_memory=lambda: saying_memory(model.backbone),
+        saying_memory=lambda: saying_memory(model.backbone.device),
         finish=lambda summaries: _write_predictions(request.out / PREDICTIONS, model, summaries),
         progress=progress,
     )

@@ -40,6 +40,7 @@ from medssl_cli.report.overlay import fitted, montage, resized, window
 from medssl_cli.report.segmentation_page import PairRow, pairs_page
 from medssl_cli.services.case_results import remove_results, shown
 from medssl_cli.services.ct_pet_volume import WINDOW_KEYS
+from medssl_cli.services.devices import saying_memory
 from medssl_cli.services.infer_cohort import (
     COMMAND,
     Failure,
@@ -63,7 +64,6 @@ from medssl_cli.services.segmentation_inference import (
     DEFAULT_THRESHOLD,
     InferSegmentConfig,
     decide,
-    saying_memory,
     segment_pictures,
     threshold_of,
 )
@@ -181,7 +181,7 @@ def infer_pairs(
         temporary = temporary_folder(request.out, "pairs")
         try:
             work = _Work(request, segmenter, config, triples, temporary)
-            with saying_memory(segmenter.device):
+            with saying_memory(segmenter.device, "batch_size=1"):
                 work.run(progress)
             if not work.rows:
                 raise nothing_to_replace_it(work.failures) if would_go else _all_failed(work.failures)

@@ -18,7 +18,7 @@ from medssl_cli.data.images import is_image
 from medssl_cli.services.case_input import Named, Wanted, found_case, guessed_sequence, named_cases
 from medssl_cli.services.case_results import publish, shown
 from medssl_cli.services.ct_pet_volume import CtPetInferConfig, as_volumes, refuse_incomplete, windows_of
-from medssl_cli.services.devices import resolve_device
+from medssl_cli.services.devices import resolve_device, saying_memory
 from medssl_cli.services.dicom_export import check_dicom_source
 from medssl_cli.services.infer_cohort import COMMAND, InferRequest, Progress, check_threshold, infer_cohort, needless
 from medssl_cli.services.infer_pairs import infer_pairs, paired_folders
@@ -26,7 +26,7 @@ from medssl_cli.services.lookup import FoundModel, read_segmenter_card
 from medssl_cli.services.segment_dicom import segment_formats
 from medssl_cli.services.segment_results import SegmentResults
 from medssl_cli.services.segment_semantic_config import sided
-from medssl_cli.services.segmentation_inference import InferSegmentConfig, saying_memory, segment_case
+from medssl_cli.services.segmentation_inference import InferSegmentConfig, segment_case
 from medssl_cli.services.segmenter import Segmenter, open_segmenter
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def infer_segment(
         infer_case,
         started=started,
         lines=lambda summary: _lines(summary, request, several=several),
-        saying_memory=lambda: saying_memory(segmenter.device),
+        saying_memory=lambda: saying_memory(segmenter.device, "batch_size=1"),
         finish=lambda _: None,
         progress=progress,
     )

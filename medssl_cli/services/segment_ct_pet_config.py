@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from medssl_cli.core.config import Config, load_config
+from medssl_cli.core.config import load_config
 from medssl_cli.core.errors import ConfigError
 from medssl_cli.data.ct_pet import DatasetType
 from medssl_cli.data.paired_augmentation import PairedAugmentConfig
 from medssl_cli.engine.precision import PrecisionName
 from medssl_cli.models.dual_encoder import DualEncoderConfig
-from medssl_cli.objectives.segmentation import LossName, SegmentationLossConfig
+from medssl_cli.objectives.segmentation import SegmentationLossConfig
 from medssl_cli.services.segment_job import TrainSettings
 from medssl_cli.services.segment_request import SegmentRequest
 
@@ -39,7 +38,7 @@ _KEYS_OF_LOSS: dict[str, tuple[str, ...]] = {
 }
 
 
-class CtPetConfig(Config):
+class CtPetConfig(SegmentationLossConfig, DualEncoderConfig):
     """A run of CoCoSeg on CT-PET pairs, with the key names of its presets."""
 
     epoch: PositiveInt = 500
@@ -52,30 +51,6 @@ class CtPetConfig(Config):
     """Of AdamW, on every trained tensor."""
     bs: PositiveInt = 8
     """Slices of one process and update."""
-    loss_type: LossName = "combined"
-    """combined (Dice and cross-entropy), dice, ce, iou, tversky or focal."""
-    dice_weight: NonNegativeFloat = 0.5
-    """combined: weight of Dice."""
-    ce_weight: NonNegativeFloat = 0.5
-    """combined: weight of the cross-entropy."""
-    pos_weight: PositiveFloat = 1.0
-    """combined and ce: factor on the cross-entropy of lesion pixels."""
-    fn_weight: NonNegativeFloat = 0.7
-    """tversky: weight of missed pixels; `alpha` is another name."""
-    fp_weight: NonNegativeFloat = 0.3
-    """tversky: weight of wrongly marked pixels; `beta` is another name."""
-    focal_alpha: PositiveFloat = 1.0
-    """focal: factor on all pixels alike."""
-    focal_gamma: NonNegativeFloat = 2.0
-    """focal: how fast pixels that are already right are forgotten."""
-    reduction: Literal["sample", "batch"] = "sample"
-    """sample: mean of the losses of the slices; batch: one loss of all pixels of the batch, as in CoCoSeg."""
-    fusion: Literal["4way", "2way"] = "4way"
-    """4way: two U-Net encoders and two frozen VGG19 trunks; 2way: without the trunks."""
-    cam_scale: Literal["mean", "none"] = "mean"
-    """Channel attention: divide the energies by the number of pixels (mean), or not (none, as in CoCoSeg)."""
-    skip_attention: bool = False
-    """Channel attention on the skips of full resolution too."""
     vgg_weights: str | None = None
     """File of an ImageNet VGG19 (of `medssl convert weights --source vgg19`, or torchvision's .pth); `random` leaves
     the trunks untrained."""
@@ -121,13 +96,6 @@ class CtPetConfig(Config):
     loader_timeout_s: PositiveFloat = 600.0
     """Longest wait for a batch."""
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> CtPetConfig:
-        faults = list(self._faults())
-        if faults:
-            raise ValueError("\n".join(faults))
-        return self
-
     def _faults(self) -> Iterator[str]:
         own = _KEYS_OF_LOSS[self.loss_type]
         for key in dict.fromkeys(key for keys in _KEYS_OF_LOSS.values() for key in keys):
@@ -137,17 +105,13 @@ class CtPetConfig(Config):
             yield f"min_lr: {self.min_lr:g} is above lr {self.lr:g}"
         if self.fusion == "2way" and self.vgg_weights is not None:
             yield "vgg_weights: no effect with fusion=2way, which has no VGG trunks"
-        if self.loss_type == "combined" and not self.dice_weight + self.ce_weight:
-            yield "dice_weight and ce_weight are both 0: there is nothing to learn"
-        if self.loss_type == "tversky" and not self.fn_weight + self.fp_weight:
-            yield "fn_weight and fp_weight are both 0: there is nothing to learn"
+        yield from super()._faults()
 
     # --- for the parts ---
 
     def loss(self) -> SegmentationLossConfig:
         """The loss."""
-        keys = SegmentationLossConfig.model_fields.keys() & type(self).model_fields.keys()
-        return SegmentationLossConfig(**{key: getattr(self, key) for key in keys})
+        return SegmentationLossConfig(**{key: getattr(self, key) for key in SegmentationLossConfig.model_fields})
 
     def loss_line(self) -> str:
         """The loss with its weights, and what they weigh, in words."""

@@ -46,7 +46,6 @@ __all__ = ["SemanticConfig", "build_semantic_job"]
 
 log = logging.getLogger(__name__)
 
-DECODER = "decoder"
 VALIDATION_OVERLAP = 0.5
 """Share of a tile that its neighbour sees again, as `medssl infer` does it by default."""
 SAFE_KEYS = frozenset({"train.num_workers", "train.log_every", "train.loader_timeout_s", "train.save_every"})

@@ -8,8 +8,7 @@ Letters: N slices, S sequences or colours, C outputs, H W pixels of a slice, Z Y
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from medssl_cli.core.case import Case
-from medssl_cli.core.errors import DataError, ResourceError
+from medssl_cli.core.errors import DataError
 from medssl_cli.core.volume import AXIAL, Volume, affine_spacing
 from medssl_cli.data.images import is_image, read_image
 from medssl_cli.data.preprocess import (
@@ -28,7 +27,6 @@ from medssl_cli.data.preprocess import (
     scale_to_unit,
     sequence_limits,
 )
-from medssl_cli.services.devices import describe_device
 from medssl_cli.services.slice_pipeline import InferSegmentConfig as InferSegmentConfig
 from medssl_cli.services.slice_pipeline import Progress, resized
 from medssl_cli.services.slice_pipeline import neighbours as neighbours
@@ -51,24 +49,6 @@ def decide(probability_CHW: np.ndarray, threshold: float) -> np.ndarray:
     if len(probability_CHW) == 1:
         return (probability_CHW[0] >= threshold).astype(np.uint8)
     return probability_CHW.argmax(axis=0).astype(np.uint8)
-
-
-@contextmanager
-def saying_memory(device: torch.device) -> Iterator[None]:
-    """Turn a lack of memory into an error that tells what to do.
-
-    Raises:
-        ResourceError: Out of memory.
-    """
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(
-            "There is not enough memory for this case.",
-            where=describe_device(device),
-            fix="pass batch_size=1, or --device cpu",
-            code="memory_full",
-        ) from error
 
 
 # --- a case ----------------------------------------------------------------------------------------------------------
