@@ -34,10 +34,8 @@ def test_masks_lie_where_ct_shows_soft_tissue_and_pet_takes_up_more_than_around(
 
 
 def test_no_threshold_on_pet_finds_the_tumours_for_heart_and_kidneys_are_warm_too(cohort: dict) -> None:
-    best = max(
-        np.mean([dice(each.pet_HW >= level, each.mask_HW > 0) for each in cohort.values()])
-        for level in range(10, 200, 5)
-    )
+    slices = [each for each in cohort.values() if each.mask_HW.any()]
+    best = max(np.mean([dice(s.pet_HW >= level, s.mask_HW > 0) for s in slices]) for level in range(10, 200, 5))
     assert best < 0.6
     assert 0.3 < np.mean([each.mask_HW.any() for each in cohort.values()]) < 0.7
 
